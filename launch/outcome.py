@@ -1,0 +1,36 @@
+"""What a start came to: decided from the run folder, never from the exit code of a launcher (contract C11).
+
+Launchers lie: `deepspeed` can exit 0 after losing its child, `srun` returns 143 when one rank asked for another try.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.attempt import EXIT_CODES, newest_attempt, read_outcome
+
+FINISHED = EXIT_CODES["finished"]
+TRY_AGAIN = EXIT_CODES["failed"]
+PERSON_NEEDED = EXIT_CODES["person"]
+
+
+def exit_code(run_dir: Path, *, since: int, launcher_code: int) -> int:
+    """0 finished, 93 a person is needed, 75 try again: the outcome of the attempt that came after number `since`.
+
+    An attempt without an outcome was killed. A start that took no attempt refused its config, found the run finished,
+    or never came up: only then does the launcher's code say something, and its 0 is believed only beside a DONE file.
+    """
+    newest = newest_attempt(run_dir)
+    if newest > since:
+        outcome = read_outcome(run_dir, newest)
+        return TRY_AGAIN if outcome is None else outcome.exit_code
+    if launcher_code == FINISHED and (run_dir / "DONE").exists():
+        return FINISHED
+    return PERSON_NEEDED if launcher_code == PERSON_NEEDED else TRY_AGAIN
+
+
+def starts_without_progress(run_dir: Path) -> int:
+    """How many attempts, counted from the newest, began after the newest checkpoint was written."""
+    saved = [file.stat().st_mtime for file in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
+    started = [file.stat().st_mtime for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()]
+    return sum(time > max(saved, default=0.0) for time in started)

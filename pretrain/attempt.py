@@ -1,0 +1,97 @@
+"""Attempts: every start of a run takes the next number, and says at its end how it went.
+
+`attempts/0003.json` is created exclusively, so two starts never share a number; whoever holds an older number than the
+newest stops before it commits, writes or deletes anything (C8). `attempts/0003.outcome.json` is what scripts decide
+from (C11): exit codes of launchers lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from shards.errors import UserError
+
+Kind = Literal["finished", "stopped", "failed", "person"]
+
+EXIT_CODES: dict[Kind, int] = {"finished": 0, "stopped": 75, "failed": 75, "person": 93}
+"""75: try again, the run goes on by itself. 93: starting again would not help, a person is needed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: at which step, and why."""
+
+    outcome: Kind
+    step: int
+    reason: str
+
+    @property
+    def exit_code(self) -> int:
+        """What the process returns."""
+        return EXIT_CODES[self.outcome]
+
+
+class Superseded(UserError):
+    """A newer attempt works on the same run."""
+
+
+def newest_attempt(run_dir: Path) -> int:
+    """Number of the newest attempt, 0 where there is none."""
+    return max(
+        (int(path.stem) for path in (run_dir / "attempts").glob("[0-9]*.json") if path.stem.isdigit()), default=0
+    )
+
+
+def take_attempt(run_dir: Path, world_size: int) -> int:
+    """Take the next attempt number by exclusive create."""
+    folder = run_dir / "attempts"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        number = newest_attempt(run_dir) + 1
+        try:
+            descriptor = os.open(folder / f"{number:04d}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        except FileExistsError:
+            continue
+        start = {"attempt": number, "time": time.time(), "world_size": world_size}
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(start) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return number
+
+
+def refuse_superseded(run_dir: Path, attempt: int) -> None:
+    """Raise `Superseded` if a newer attempt exists."""
+    newest = newest_attempt(run_dir)
+    if newest > attempt:
+        raise Superseded(
+            f"attempt {attempt} of {run_dir} found attempt {newest} at work; one run has one live attempt: "
+            "this one stops, nothing of the newer one was touched"
+        )
+
+
+def record_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> bool:
+    """Write how the attempt ended. The first rank to say so is believed (True): the others die of its death."""
+    try:
+        with (run_dir / "attempts" / f"{attempt:04d}.outcome.json").open("x") as file:
+            file.write(json.dumps({**asdict(outcome), "time": time.time()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return False
+    return True
+
+
+def read_outcome(run_dir: Path, attempt: int | None = None) -> Outcome | None:
+    """Outcome of an attempt (default: the newest); None where it died without a word."""
+    number = newest_attempt(run_dir) if attempt is None else attempt
+    try:
+        fields = cast(dict[str, Any], json.loads((run_dir / "attempts" / f"{number:04d}.outcome.json").read_text()))
+        return Outcome(fields["outcome"], int(fields["step"]), str(fields["reason"]))
+    except (OSError, ValueError, KeyError):
+        return None

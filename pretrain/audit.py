@@ -1,0 +1,366 @@
+"""The proof: what the ledger says was consumed, against what the order and the manifest say should have been (C4).
+
+    head ─ walk back the lineage, hash by hash ─ links, oldest first ─ segments ─ rows, a million at a time
+    every clip of every step once · the sample that the order names · the checksum of the manifest · whole epochs
+
+The order comes in as a function, the checksums as an array: this file and the loader share no code that could hide
+the same mistake in both. Memory is one byte per clip of a checkpoint interval and per clip of an epoch, whatever the
+length of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.ledger import (
+    ROW_DTYPE,
+    SUBSTITUTED,
+    LineageHead,
+    Link,
+    Segment,
+    read_journal,
+    row_crc,
+    walk_lineage,
+)
+from shards.errors import UserError
+
+EXACT, VIOLATED, EXACT_BUT_LISTED = 0, 1, 3
+ROWS_AT_A_TIME = 1 << 20
+NUM_SHOWN = 8
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What should have happened, from sources the loader's bookkeeping had no part in."""
+
+    num_steps: int
+    """Steps that the checkpoint has behind it."""
+    global_batch: int
+    """Clips per step."""
+    clips_per_video: int
+    """Clips per position."""
+    checksums: NDArray[np.uint32]
+    """crc32 of every sample of the split, from its index."""
+    expected: Callable[[Ints], Ints]
+    """Positions -> the samples that the order names there."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the split: positions of one epoch."""
+        return len(self.checksums)
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """The verdict for scripts (`code`, `counts`) and for people (`lines`)."""
+
+    code: int
+    """0 exact; 3 exact but for the positions that the journal lists; 1 violated."""
+    lines: tuple[str, ...]
+    counts: dict[str, int]
+    substituted: dict[str, int]
+    """Clips replaced, by reason."""
+
+
+def audit(run_dir: Path, head: LineageHead, witness: Witness) -> AuditResult:
+    """Check the lineage that ends in `head` (stored in a checkpoint's manifest) against the witness.
+
+    Never raises for what it finds in the run folder: what cannot be read is a violation, named in the result.
+    """
+    proof = _Proof(run_dir, witness)
+    try:
+        links = list(walk_lineage(run_dir / "ledger", head))[::-1]
+    except ValueError as error:
+        proof.wrong("lineage", f"ledger/{error}")
+        return proof.result(set())
+    if links[-1][1].step != witness.num_steps:
+        at = f"of step {links[-1][1].step}, the checkpoint of step {witness.num_steps}"
+        proof.wrong("lineage", f"ledger/{head.file} is {at}")
+    begin = 0
+    for _, link in links:
+        proof.check_link(begin, link)
+        begin = link.step
+    proof.attempts = len({link.attempt for _, link in links})
+    return proof.result({segment.file for _, link in links for segment in link.segments})
+
+
+class _Once:
+    """Marks keys and tells which of them come again: `seen` is one byte per key, the caller's to look into."""
+
+    def __init__(self, seen: NDArray[np.bool_]) -> None:
+        self.seen = seen
+
+    def mark(self, keys: Ints) -> NDArray[np.bool_]:
+        """True where a key was marked before, in an earlier call or earlier in `keys`."""
+        is_first = np.zeros(len(keys), np.bool_)
+        is_first[np.unique(keys, return_index=True)[1]] = True
+        again = self.seen[keys] | ~is_first
+        self.seen[keys] = True
+        return again
+
+
+@dataclass
+class _Proof:
+    """The state of one audit: what was counted, what was wrong, which samples of the open epoch came by."""
+
+    run_dir: Path
+    witness: Witness
+    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
+    substituted: Counter[str] = field(default_factory=Counter[str])
+    attempts: int = 0
+    _wrong: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    _num_wrong: Counter[str] = field(default_factory=Counter[str])
+    _listed: list[str] = field(default_factory=list[str])
+    _carried: NDArray[np.bool_] | None = None
+    _reasons: dict[tuple[int, int, int], str] = field(default_factory=dict[tuple[int, int, int], str])
+
+    def __post_init__(self) -> None:
+        try:
+            for row in read_journal(self.run_dir / "journal"):
+                self._reasons[row.position, row.wanted, row.substitute] = row.reason
+        except UserError as error:
+            self.wrong("journal", str(error))
+        self._journal_positions: Ints = np.unique([key[0] for key in self._reasons]).astype(np.int64)
+
+    def wrong(self, kind: str, text: str, num: int = 1) -> None:
+        """Count a violation; only the first few of a kind keep their text."""
+        self._num_wrong[kind] += num
+        shown = self._wrong.setdefault(kind, [])
+        if len(shown) < NUM_SHOWN:
+            shown.append(text)
+
+    # ------------------------------------------------------------------ one checkpoint interval
+
+    def check_link(self, begin: int, link: Link) -> None:
+        """All segments of the steps [begin, link.step): each clip once, and whole epochs."""
+        witness = self.witness
+        first, end = begin * witness.global_batch, link.step * witness.global_batch
+        clips = _Once(np.zeros(end - first, np.bool_))
+        per_epoch = witness.num_samples * witness.clips_per_video
+        first_epoch = first // per_epoch
+        due = _Once(_extended(self._carried, (-(-end // per_epoch) - first_epoch) * per_epoch))
+        for segment in link.segments:
+            for rows in self._read(segment):
+                clip = self._check_rows(segment, rows, first, end)
+                keep = clip >= 0
+                rows, clip = rows[keep], clip[keep]
+                again = clips.mark(clip - first)
+                self._wrong_rows("repeated", "consumed again", segment, rows, again)
+                rows, clip = rows[~again], clip[~again]
+                epoch = clip // per_epoch - first_epoch
+                wanted = rows["wanted"].astype(np.int64)
+                is_known = (wanted >= 0) & (wanted < witness.num_samples)
+                place = (epoch * witness.num_samples + wanted) * witness.clips_per_video + rows["draw"]
+                twice = np.zeros(len(rows), np.bool_)
+                twice[is_known] = due.mark(place[is_known])
+                self._wrong_rows("epoch", "its sample was due before in this epoch", segment, rows, twice)
+        self._check_missing(clips, first, begin, link)
+        whole = end // per_epoch - first_epoch
+        self._check_epochs(due.seen[: whole * per_epoch].reshape(whole, per_epoch), first_epoch)
+        self._carried = due.seen[whole * per_epoch :] if end % per_epoch else None
+        self.counts["clips"] += int(clips.seen.sum())
+        self.counts["commits"] += 1
+
+    def _read(self, segment: Segment) -> Iterator[NDArray[np.void]]:
+        """Rows of a segment in pieces; what is wrong with the file as a whole is noted at its end."""
+        self.counts["segments"] += 1
+        if Path(segment.file).name != segment.file:
+            self.wrong("file", f"{segment.file!r} is not a plain file name")
+            return
+        digest, num_rows, tail = hashlib.sha256(), 0, 0
+        try:
+            with (self.run_dir / "ledger" / segment.file).open("rb") as file:
+                while data := file.read(ROWS_AT_A_TIME * ROW_DTYPE.itemsize):
+                    digest.update(data)
+                    tail = len(data) % ROW_DTYPE.itemsize
+                    rows = np.frombuffer(data[: len(data) - tail], ROW_DTYPE)
+                    num_rows += len(rows)
+                    yield rows
+        except OSError as error:
+            self.wrong("file", f"ledger/{segment.file} cannot be read ({error.strerror})")
+            return
+        if num_rows != segment.num_rows or tail:
+            has = f"has {num_rows} rows" + (f" and {tail} bytes" if tail else "")
+            self.wrong("file", f"ledger/{segment.file} {has}; {segment.num_rows} rows were committed")
+        elif digest.hexdigest() != segment.sha256:
+            self.wrong("file", f"ledger/{segment.file} was changed after it was committed (its hash differs)")
+
+    def _check_rows(self, segment: Segment, rows: NDArray[np.void], first: int, end: int) -> Ints:
+        """Every rule that one row can break. Returns clip numbers; -1 for a row that has no place here."""
+        witness = self.witness
+        self.counts["rows"] += len(rows)
+        position = rows["position"].astype(np.int64)
+        wanted, sample = rows["wanted"].astype(np.int64), rows["sample"].astype(np.int64)
+        clip = position * witness.clips_per_video + rows["draw"]
+        is_damaged = rows["crc"] != row_crc(rows)
+        self._wrong_rows("damaged", "the row fails its own checksum", segment, rows, is_damaged)
+        has_place = (clip >= first) & (clip < end) & (rows["draw"] < witness.clips_per_video)
+        has_place &= (position >= 0) & (position < end)
+        has_place &= clip // witness.global_batch == rows["step"].astype(np.int64)
+        self._wrong_rows("misplaced", "does not belong to this step and commit", segment, rows, ~has_place)
+        is_expected = np.zeros(len(rows), np.bool_)
+        is_expected[has_place] = witness.expected(position[has_place]) == wanted[has_place]
+        self._wrong_rows("order", "the order asks for another sample", segment, rows, has_place & ~is_expected)
+        exists = (sample >= 0) & (sample < witness.num_samples)
+        is_same = np.zeros(len(rows), np.bool_)
+        is_same[exists] = witness.checksums[sample[exists]] == rows["checksum"][exists]
+        self._wrong_rows("bytes", "the bytes are not those of the manifest", segment, rows, ~is_same)
+        is_other = sample != wanted
+        is_odd = is_other != (rows["reason"] == SUBSTITUTED)
+        self._wrong_rows("damaged", "its reason contradicts its samples", segment, rows, is_odd)
+        may_explain = is_other & np.isin(position, self._journal_positions)
+        self._check_substitutes(segment, rows, is_other & ~may_explain, may_explain)
+        return np.where(has_place, clip, -1)
+
+    def _check_substitutes(
+        self,
+        segment: Segment,
+        rows: NDArray[np.void],
+        is_unexplained: NDArray[np.bool_],
+        may_explain: NDArray[np.bool_],
+    ) -> None:
+        """Another sample than the wanted one needs a journal row that says exactly that."""
+        no_row = "no journal row allows it"
+        self._wrong_rows("substitute", no_row, segment, rows, is_unexplained)
+        for row in rows[may_explain]:
+            reason = self._reasons.get((int(row["position"]), int(row["wanted"]), int(row["sample"])))
+            if reason is None:
+                self.wrong("substitute", f"{_where(segment, row)}: {no_row}")
+                continue
+            self.substituted[reason] += 1
+            if len(self._listed) < NUM_SHOWN:
+                self._listed.append(
+                    f"position {row['position']} (step {row['step']}): sample {row['wanted']} was replaced by "
+                    f"{row['sample']} ({reason})"
+                )
+
+    def _check_missing(self, clips: _Once, first: int, begin: int, link: Link) -> None:
+        missing = np.flatnonzero(~clips.seen) + first
+        for clip in missing[:NUM_SHOWN].tolist():
+            position, draw = divmod(clip, self.witness.clips_per_video)
+            where = f"position {position} (step {clip // self.witness.global_batch}, draw {draw})"
+            self.wrong("missing", f"{where}: in no segment of the commit of steps {begin}..{link.step - 1}")
+        if len(missing) > NUM_SHOWN:
+            self.wrong("missing", "", num=len(missing) - NUM_SHOWN)
+
+    def _check_epochs(self, seen_EN: NDArray[np.bool_], first_epoch: int) -> None:
+        """Whole epochs: each sample was due exactly once (per draw)."""
+        for epoch, seen_N in enumerate(seen_EN, start=first_epoch):
+            never = np.flatnonzero(~seen_N) // self.witness.clips_per_video
+            if len(never):
+                samples = ", ".join(map(str, never[:NUM_SHOWN].tolist()))
+                self.wrong(
+                    "epoch", f"epoch {epoch}: {len(never)} clips were never due, of samples {samples}", len(never)
+                )
+            else:
+                self.counts["epochs"] += 1
+
+    def _wrong_rows(
+        self, kind: str, text: str, segment: Segment, rows: NDArray[np.void], is_wrong: NDArray[np.bool_]
+    ) -> None:
+        if not is_wrong.any():
+            return
+        bad = rows[is_wrong]
+        for row in bad[:NUM_SHOWN]:
+            self.wrong(kind, f"{_where(segment, row)}: {text}")
+        if len(bad) > NUM_SHOWN:
+            self.wrong(kind, "", num=len(bad) - NUM_SHOWN)
+
+    # ------------------------------------------------------------------ the verdict
+
+    def result(self, committed: set[str]) -> AuditResult:
+        """Count what no checkpoint stands on, and put everything into words."""
+        files, rows, torn = _uncommitted(self.run_dir / "ledger", committed)
+        self.counts.update(abandoned_files=files, abandoned_rows=rows, torn_tails=torn)
+        self.counts.update(attempts=self.attempts, substituted=self.substituted.total())
+        self.counts.update({f"wrong_{kind}": num for kind, num in self._num_wrong.items()})
+        code = VIOLATED if self._num_wrong else EXACT_BUT_LISTED if self.substituted else EXACT
+        return AuditResult(code, tuple(self._lines(code)), dict(self.counts), dict(self.substituted))
+
+    def _lines(self, code: int) -> Iterator[str]:
+        counts, steps = self.counts, self.witness.num_steps
+        verdict = {EXACT: "EXACT", EXACT_BUT_LISTED: "EXACT but for what is listed", VIOLATED: "VIOLATED"}[code]
+        yield f"audit of step {steps}: {verdict}"
+        due = steps * self.witness.global_batch
+        if code == VIOLATED:
+            yield f"  {counts['clips']} of {due} clips due in steps 0..{steps - 1} are in the ledger; wrong:"
+            for kind, texts in self._wrong.items():
+                texts = [text for text in texts if text]
+                yield f"  {_KINDS[kind]}: {self._num_wrong[kind]}"
+                yield from (f"    {text}" for text in texts)
+                if self._num_wrong[kind] > len(texts):
+                    yield f"    … and {self._num_wrong[kind] - len(texts)} more"
+        else:
+            yield f"  {due} clips of steps 0..{steps - 1}: each consumed once, in the order that the seed gives"
+            yield f"  {counts['epochs']} whole epochs: each of {self.witness.num_samples} samples exactly once"
+            yield f"  {counts['rows']} checksums: the bytes that were decoded are those of the manifest"
+            yield (
+                f"  {counts['segments']} ledger files of {counts['commits']} checkpoints by {counts['attempts']} "
+                "attempts: as they were committed"
+            )
+        if self.substituted:
+            by_reason = ", ".join(f"{reason} {num}" for reason, num in sorted(self.substituted.items()))
+            yield f"  {self.substituted.total()} clips replaced as the journal says ({by_reason}):"
+            yield from (f"    {text}" for text in self._listed)
+            if self.substituted.total() > len(self._listed):
+                yield f"    … and {self.substituted.total() - len(self._listed)} more, see journal/"
+        if counts["abandoned_files"]:
+            torn = f", {counts['torn_tails']} with a torn end" if counts["torn_tails"] else ""
+            yield (
+                f"  besides: {counts['abandoned_rows']} rows in {counts['abandoned_files']} files that this checkpoint "
+                f"does not stand on{torn} (work after the last save of an attempt: legal, done again)"
+            )
+
+
+_COUNTS = ("clips", "rows", "epochs", "segments", "commits")
+_KINDS = {
+    "lineage": "the chain of commits is broken",
+    "journal": "the journal cannot be read",
+    "file": "ledger files missing or changed",
+    "damaged": "rows damaged",
+    "misplaced": "rows in the wrong place",
+    "repeated": "clips consumed more than once",
+    "missing": "clips never consumed",
+    "order": "wrong sample asked for",
+    "substitute": "wrong sample delivered",
+    "bytes": "wrong bytes decoded",
+    "epoch": "epochs not complete",
+}
+
+
+def _extended(seen: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
+    """The open epoch's marks, followed by unmarked keys up to `size`; not copied where nothing follows."""
+    if seen is None:
+        return np.zeros(size, np.bool_)
+    return seen if len(seen) == size else np.concatenate([seen, np.zeros(size - len(seen), np.bool_)])
+
+
+def _where(segment: Segment, row: Any) -> str:
+    return (
+        f"position {row['position']} (step {row['step']}, draw {row['draw']}, wanted {row['wanted']}, "
+        f"sample {row['sample']}) in ledger/{segment.file}"
+    )
+
+
+def _uncommitted(folder: Path, committed: set[str]) -> tuple[int, int, int]:
+    """(files, whole rows, torn tails) of the segments outside the lineage."""
+    files = rows = torn = 0
+    for file in sorted(folder.glob("*.rows")):
+        if file.name in committed:
+            continue
+        data = np.fromfile(file, np.uint8)
+        whole = data[: len(data) // ROW_DTYPE.itemsize * ROW_DTYPE.itemsize].view(ROW_DTYPE)
+        is_good = whole["crc"] == row_crc(whole)
+        files, rows = files + 1, rows + int(is_good.sum())
+        torn += len(data) % ROW_DTYPE.itemsize != 0 or not is_good.all()
+    return files, rows, torn

@@ -1,0 +1,317 @@
+"""What a complete checkpoint is: files, commit, verification, choice, retention (C8).
+
+    checkpoints/step-000200/manifest.json         what is stored where, with hashes; itself hashed
+    checkpoints/step-000200/rank-00000.safetensors  slices [offset, offset + length) of named states
+    checkpoints/latest                            name of the newest one, for people and scripts
+
+Each rank writes the slices it owns; any number of ranks at any ZeRO stage reads the slices it needs. A folder has its
+final name only once everything in it is on disk, so a checkpoint is complete or does not exist. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.ledger import LineageHead, Segment
+from shards.errors import UserError
+from shards.storage import write_atomic
+
+FORMAT_VERSION = 1
+NAME = "step-{:06d}"
+
+
+class BrokenCheckpoint(Exception):
+    """A folder that looks like a checkpoint and is none; the text names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class SliceEntry:
+    """Where elements [offset, offset + length) of a flattened state are stored."""
+
+    offset: int
+    length: int
+    file: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint knows besides tensors."""
+
+    step: int
+    """Optimizer steps of the run that are in it."""
+    optimizer_steps: int
+    attempt: int
+    cursor: dict[str, Any]
+    """State of the loader: where the data goes on."""
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+    """Full shape of every parameter, in the model's order."""
+    versions: dict[str, str]
+    changes: list[str]
+    """What `--change` altered on the way, newest last."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def begin(run_dir: Path, step: int, attempt: int) -> Path:
+    """The folder this save is staged in, empty. Rank 0 calls this before the others write."""
+    staging = staging_folder(run_dir, step, attempt)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def staging_folder(run_dir: Path, step: int, attempt: int) -> Path:
+    """Carries the attempt number: two attempts never write into one folder."""
+    return run_dir / "checkpoints" / f"{NAME.format(step)}.{attempt:04d}.tmp"
+
+
+def write_part(
+    staging: Path, rank: int, slices: Iterable[tuple[str, str, int, Tensor]], segment: Segment | None
+) -> None:
+    """One rank's share: its slices (name, state, offset, flat fp32 values) and the ledger segment it sealed."""
+    tensors: dict[str, Tensor] = {}
+    entries: list[list[Any]] = []
+    name = f"rank-{rank:05d}.safetensors"
+    for parameter, state, offset, values_K in slices:
+        key = f"{parameter}|{state}|{offset}"
+        tensors[key] = values_K.detach().to("cpu").contiguous()
+        entries.append([parameter, state, offset, values_K.numel(), key])
+    save_file(tensors, staging / name)
+    _fsync(staging / name)
+    part = {
+        "file": name,
+        "bytes": (staging / name).stat().st_size,
+        "sha256": file_sha256(staging / name),
+        "slices": entries,
+        "segment": None if segment is None else asdict(segment),
+    }
+    write_atomic(staging / f"part-{rank:05d}.json", json.dumps(part).encode())
+
+
+def read_parts(staging: Path, num_ranks: int) -> tuple[list[dict[str, Any]], list[Segment]]:
+    """What the ranks wrote, once all of them have; rank 0 only."""
+    parts = [json.loads((staging / f"part-{rank:05d}.json").read_text()) for rank in range(num_ranks)]
+    return parts, [Segment(**part["segment"]) for part in parts if part["segment"] is not None]
+
+
+def commit(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], lineage: LineageHead) -> Path:
+    """Manifest, fsync, rename, pointer: in this order. Rank 0 only, after every rank's part is on disk."""
+    slices: dict[str, dict[str, list[list[Any]]]] = {}
+    for part in parts:
+        for parameter, state, offset, length, key in part["slices"]:
+            slices.setdefault(parameter, {}).setdefault(state, []).append([offset, length, part["file"], key])
+    _check_cover(slices, facts.shapes)
+    manifest: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        **asdict(facts),
+        "lineage": asdict(lineage),
+        "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
+        "slices": slices,
+    }
+    manifest["sha256"] = _manifest_hash(manifest)
+    for rank in range(len(parts)):
+        (staging / f"part-{rank:05d}.json").unlink()
+    write_atomic(staging / "manifest.json", json.dumps(manifest).encode())
+    folder = staging.parent / NAME.format(facts.step)
+    if folder.exists():  # only a broken one can be in the way: a whole one would have been resumed from
+        shutil.rmtree(folder)
+    staging.rename(folder)
+    _fsync(folder.parent)
+    write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
+    return folder
+
+
+def keep_newest(run_dir: Path, count: int) -> None:
+    """Delete all but the newest checkpoints, and what dead attempts left half-written. Rank 0, after a commit."""
+    for folder in candidates(run_dir)[count:]:
+        doomed = folder.with_name(f"{folder.name}.old.tmp")
+        folder.rename(doomed)  # never a moment in which a half-deleted folder bears a whole one's name
+    for leftover in (run_dir / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_cover(slices: Mapping[str, Mapping[str, list[list[Any]]]], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Every state of every parameter is stored whole and once: else ranks disagreed, which is a bug, not a save."""
+    missing = set(shapes) ^ set(slices)
+    assert not missing, f"parameters without slices, or slices without parameter: {sorted(missing)}"
+    for name, states in slices.items():
+        numel = 1
+        for extent in shapes[name]:
+            numel *= extent
+        for state, entries in states.items():
+            end = 0
+            for offset, length, _, _ in sorted(entries, key=lambda entry: entry[0]):
+                assert offset == end, f"{name} {state}: gap or overlap at element {end}"
+                end += length
+            assert end == numel, f"{name} {state}: {end} of {numel} elements"
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+class Checkpoint:
+    """An opened checkpoint folder. Opening checks the manifest; `broken_files` checks the tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            manifest = cast(dict[str, Any], json.loads((folder / "manifest.json").read_bytes()))
+            stored = manifest.pop("sha256")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise BrokenCheckpoint(f"{folder / 'manifest.json'} cannot be read: {error}") from error
+        if stored != _manifest_hash(manifest):
+            raise BrokenCheckpoint(f"{folder / 'manifest.json'} does not match its own hash")
+        if manifest["format"] != FORMAT_VERSION:
+            raise UserError(
+                f"{folder} has checkpoint format {manifest['format']}; this version reads {FORMAT_VERSION}: "
+                "use the tubelet version that wrote it"
+            )
+        self.facts = Facts(**{name: manifest[name] for name in Facts.__dataclass_fields__})
+        self.lineage = LineageHead(**manifest["lineage"])
+        self.files: dict[str, dict[str, Any]] = manifest["files"]
+        self._slices = {
+            (name, state): [SliceEntry(*entry) for entry in entries]
+            for name, states in manifest["slices"].items()
+            for state, entries in states.items()
+        }
+        self._open: dict[str, Any] = {}
+        if any(Path(name).name != name for name in self.files):
+            raise BrokenCheckpoint(f"{folder / 'manifest.json'} names files outside its folder")
+
+    def broken_files(self, names: Iterable[str]) -> list[str]:
+        """Which of these files are missing or not what was written, with the reason."""
+        problems: list[str] = []
+        for name in names:
+            path, expected = self.folder / name, self.files[name]
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif path.stat().st_size != expected["bytes"]:
+                problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+            elif file_sha256(path) != expected["sha256"]:
+                problems.append(f"{path} does not match its hash")
+        return problems
+
+    def has(self, name: str, state: str) -> bool:
+        """Whether a state of a parameter is stored."""
+        return (name, state) in self._slices
+
+    def numel(self, name: str, state: str) -> int:
+        """Elements of a stored state."""
+        return sum(entry.length for entry in self._slices[name, state])
+
+    def read(self, name: str, state: str, offset: int, length: int) -> Tensor:
+        """Elements [offset, offset + length) of a flattened state: fp32, one dimension. Reads only what it needs."""
+        values_K = torch.empty(length)
+        read = 0
+        for entry in self._slices.get((name, state), ()):
+            begin, end = max(offset, entry.offset), min(offset + length, entry.offset + entry.length)
+            if begin < end:
+                stored = self._file(entry.file).get_slice(entry.key)
+                values_K[begin - offset : end - offset] = stored[begin - entry.offset : end - entry.offset]
+                read += end - begin
+        if read != length:
+            raise BrokenCheckpoint(f"{self.folder} holds {read} of {length} elements of {name} {state}")
+        return values_K
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(self.folder / name, "pt")
+            except (OSError, SafetensorError) as error:
+                raise BrokenCheckpoint(f"{self.folder / name} cannot be read: {error}") from error
+        return self._open[name]
+
+
+def candidates(run_dir: Path) -> list[Path]:
+    """Folders with a checkpoint's name, newest step first."""
+    folders = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+
+
+def newest(run_dir: Path, at_most: int | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint (of step `at_most` or earlier), verified; None where the run has none."""
+    broken: list[str] = []
+    found = [f for f in candidates(run_dir) if at_most is None or int(f.name.removeprefix("step-")) <= at_most]
+    for folder in found:
+        try:
+            checkpoint = Checkpoint(folder)
+            problems = checkpoint.broken_files(checkpoint.files)
+        except BrokenCheckpoint as error:
+            problems = [str(error)]
+        else:
+            if not problems:
+                return checkpoint
+        broken += problems
+    if broken:
+        raise none_whole(run_dir, broken)
+    return None
+
+
+def none_whole(run_dir: Path, problems: Sequence[str]) -> UserError:
+    """A run that has checkpoints never starts from zero by itself."""
+    listed = "\n  ".join(problems)
+    return UserError(
+        f"run.dir is {run_dir}; it has checkpoints and none of them is whole:\n  {listed}\n"
+        "restore one of these files, or start anew in another folder: run.dir=NEW"
+    )
+
+
+def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole fp32 parameters by name, and the config, of a run folder's newest checkpoint or of one checkpoint folder.
+
+    Needs neither DeepSpeed nor a process group.
+    """
+    if (path / "manifest.json").is_file():
+        try:
+            checkpoint = Checkpoint(path)
+            problems = checkpoint.broken_files(checkpoint.files)
+        except BrokenCheckpoint as error:
+            problems = [str(error)]
+            checkpoint = None
+        if problems or checkpoint is None:
+            raise UserError(f"checkpoint {path} is broken: {problems[0]}; use another one of the same run")
+    else:
+        checkpoint = newest(path)
+        if checkpoint is None:
+            raise UserError(f"{path} has no checkpoint; give a run folder whose training has saved at least once")
+    tensors: dict[str, Tensor] = {}
+    for name, shape in checkpoint.facts.shapes.items():
+        if not checkpoint.has(name, "fp32"):  # a buffer
+            continue
+        numel = int(torch.Size(shape).numel())
+        tensors[name] = checkpoint.read(name, "fp32", 0, numel).reshape(shape)
+    return tensors, checkpoint.facts.config
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

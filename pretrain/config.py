@@ -1,0 +1,437 @@
+"""The configuration of a run: typed, frozen, strict, and complete before any process starts.
+
+YAML has one section per component; a component is handed its own section and nothing else. Unknown keys are errors
+that name the nearest key. `load_config` collects every problem and reports them together. No torch is imported, so
+that the login node can check a config.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shards.errors import UserError
+
+TUBELET_FRAMES = 2
+PATCH_PIXELS = 16
+
+Change = Literal["free", "recorded", "refused"]
+
+
+class Section(BaseModel):
+    """One section of the YAML file. Frozen; unknown keys are refused; field docstrings are the help texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes its randomness."""
+
+    dir: str
+    """Run folder: a POSIX path that all nodes see. Default: runs/NAME-OF-THE-CONFIG."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of order, crops, masks and initial weights."""
+
+
+class DataConfig(Section):
+    """Which videos, which frames of them, and how they reach the model."""
+
+    shards: str
+    """Folder or manifest URL of a packed data set."""
+    split: str = "train"
+    """Split of `data.shards` to train on."""
+    eval_shards: str | None = None
+    """Packed data set for the held-out loss. Default: `data.eval_split` of `data.shards`, if it has one."""
+    eval_split: str = "val"
+    """Split that is held out from training."""
+    frames: int = Field(default=16, ge=2)
+    """Frames of a clip (even: a tubelet is two frames)."""
+    stride: int = Field(default=4, ge=1)
+    """Take every n-th frame; drops to the largest that fits where a video is too short (counted)."""
+    size: int = Field(default=224, ge=16)
+    """Height and width of a clip in pixels (a multiple of 16)."""
+    clips_per_video: int = Field(default=1, ge=1)
+    """Clips drawn from each video that is read; the global batch counts clips."""
+    short: Literal["reject", "loop"] = "reject"
+    """A video with fewer frames than `data.frames`: replaced and counted, or played again from its start."""
+    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Sides of the random crop as shares of the short side (VideoMAE's multi-scale crop)."""
+    flip: bool = False
+    """Mirror half of the clips. VideoMAE does not: left and right matter in some data sets."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Library that decodes. PyAV skips frames nobody needs and cannot hang for ever."""
+    workers: int = Field(default=2, ge=0)
+    """Decoder processes per rank. 0 decodes in the training process: for debugging."""
+    prefetch_steps: int = Field(default=2, ge=1)
+    """Global batches that may be under way ahead of training."""
+    decode_deadline_s: float = Field(default=30.0, gt=0)
+    """A decoder that needs longer is killed and its clip replaced."""
+    bad_sample_limit: float = Field(default=0.01, ge=0, le=1)
+    """Share of the data set that may prove unusable before the run stops and names the samples."""
+
+
+class MaskedFrameConfig(Section):
+    """Reconstruct hidden tubes and hidden whole frames."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of this loss in the sum."""
+    mask_ratio: float = Field(default=0.9, gt=0, lt=1)
+    """Share of the cells of a frame that a tube mask hides; the number of visible tokens follows from it."""
+    num_frames_masked: tuple[int, ...] | None = None
+    """Whole time slots (two frames) hidden per clip, one value drawn per clip. Default: every value up to half of
+    the slots that keeps the number of visible tokens exact. [0] is VideoMAE."""
+
+
+class FrameOrderConfig(Section):
+    """Say which time slot each shuffled slot came from."""
+
+    weight: float = Field(default=0.1, gt=0)
+    """Weight of this loss in the sum."""
+    mask_ratio: float = Field(default=0.9, gt=0, lt=1)
+    """Share of the cells of a frame hidden in the second encoder pass."""
+    num_moved: int | None = Field(default=None, ge=2)
+    """Slots put out of place. Default: all of them."""
+    min_motion: float = Field(default=1.0, ge=0)
+    """Clips whose neighbouring slots differ by less on average (grey levels of 255) ask no order question (counted)."""
+
+
+class ObjectiveConfig(Section):
+    """What is learned. At least one; all of them in one forward pass per micro batch."""
+
+    masked_frame: MaskedFrameConfig | None = None
+    frame_order: FrameOrderConfig | None = None
+
+
+class ModelConfig(Section):
+    """The video Transformer."""
+
+    size: Literal["nano", "tiny", "small", "base", "large", "huge", "giant"] = "base"
+    """Width, depth and decoder of the VideoMAE family (pretrain/model/sizes.py)."""
+
+
+class TrainConfig(Section):
+    """Length, batch and arithmetic of training."""
+
+    steps: int = Field(ge=1)
+    """Global batches in the whole run."""
+    global_batch: int = Field(ge=1)
+    """Clips per optimizer step over all ranks. Never changes within a run."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Clips per rank and forward pass. Accumulation follows from it: global / (micro x ranks)."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the forward and backward pass. Master weights, moments and gradient sums are always fp32."""
+    init_from: str | None = None
+    """Run folder, checkpoint or export whose weights a new run starts from (not its position or optimizer)."""
+    deterministic: bool | None = None
+    """Bit-identical resume. Default: on for CPU, off for GPUs (costs speed there)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    clip_norm: float = Field(default=0.0, ge=0)
+    """Largest norm of the whole gradient; 0 does not clip (VideoMAE)."""
+
+
+class ZeroConfig(Section):
+    """How DeepSpeed shards states over ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0 shards nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
+    offload: bool = False
+    """Keep optimizer states in CPU memory (stages 1 to 3)."""
+
+
+class OptimConfig(Section):
+    """The optimizer: torch's own."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(gt=0)
+    """Learning rate after warm-up, for the global batch as it is (VideoMAE: 1.5e-4 x batch / 256)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Not applied to biases, norms, tokens."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run: linear warm-up, then cosine. Both count positions, so the batch may change."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    final_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the last step."""
+
+
+class CheckpointConfig(Section):
+    """When states are saved and how many saves are kept."""
+
+    every_steps: int = Field(default=200, ge=1)
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints kept. At least 2: should the newest prove broken, the one before it serves."""
+
+
+class EvalConfig(Section):
+    """Held-out loss with fixed masks. Moves no cursor."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """0 never evaluates."""
+    num_clips: int = Field(default=64, ge=1)
+    """Clips of the held-out split, the same ones every time."""
+
+
+class TrackConfig(Section):
+    """What is written down. metrics.jsonl always."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Fed from metrics.jsonl. online without a key falls back to offline and prints the line that syncs."""
+    project: str = "tubelet"
+    """wandb project."""
+    log_every_steps: int = Field(default=10, ge=1)
+
+
+class LimitsConfig(Section):
+    """How long each kind of waiting may last, in seconds. They must rise in this order."""
+
+    read_attempt_s: float = Field(default=30.0, gt=0)
+    """One request to storage."""
+    read_deadline_s: float = Field(default=300.0, gt=0)
+    """All attempts at one sample."""
+    wait_limit_s: float = Field(default=600.0, gt=0)
+    """The training loop waiting for a batch."""
+    step_limit_s: float = Field(default=900.0, gt=0)
+    """One optimizer step."""
+    collective_timeout_s: float = Field(default=1800.0, gt=0)
+    """One collective between ranks."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig
+    zero: ZeroConfig = ZeroConfig()
+    optim: OptimConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    def problems(self) -> Iterator[str]:
+        """What the single fields cannot see: rules between them."""
+        if self.data.frames % TUBELET_FRAMES:
+            yield f"data.frames is {self.data.frames}; it must be even (a tubelet is two frames): use {self.data.frames + 1}"
+        if self.data.size % PATCH_PIXELS:
+            nearest = max(PATCH_PIXELS, round(self.data.size / PATCH_PIXELS) * PATCH_PIXELS)
+            yield f"data.size is {self.data.size}; it must be a multiple of {PATCH_PIXELS}: use {nearest}"
+        if not self.data.crop_scales or not all(0 < scale <= 1 for scale in self.data.crop_scales):
+            yield f"data.crop_scales is {list(self.data.crop_scales)}; each must lie in (0, 1]: use [1.0]"
+        if self.objective.masked_frame is None and self.objective.frame_order is None:
+            yield "objective is empty; it must name at least one: add objective.masked_frame: {}"
+        moved = self.objective.frame_order.num_moved if self.objective.frame_order else None
+        num_slots = self.data.frames // TUBELET_FRAMES
+        if self.objective.frame_order and num_slots < 2:
+            yield f"data.frames is {self.data.frames}; objective.frame_order needs two slots to swap: use 4 or more"
+        if moved is not None and moved > num_slots:
+            yield f"objective.frame_order.num_moved is {moved}; a clip has {num_slots} slots: use {num_slots} or less"
+        if self.train.global_batch % self.data.clips_per_video:
+            yield (
+                f"train.global_batch is {self.train.global_batch}; it must be a multiple of data.clips_per_video "
+                f"({self.data.clips_per_video}): use {self._nearest_batch()}"
+            )
+        if self.train.micro_batch > self.train.global_batch:
+            yield (
+                f"train.micro_batch is {self.train.micro_batch}; it must not exceed train.global_batch "
+                f"({self.train.global_batch}): lower it to {self.train.global_batch}"
+            )
+        if self.schedule.warmup_steps >= self.train.steps:
+            yield (
+                f"schedule.warmup_steps is {self.schedule.warmup_steps}; it must be below train.steps "
+                f"({self.train.steps}): use {self.train.steps // 10}"
+            )
+        if self.schedule.final_lr > self.optim.lr:
+            yield f"schedule.final_lr is {self.schedule.final_lr}; it must not exceed optim.lr ({self.optim.lr}): use 0"
+        if self.zero.offload and self.zero.stage == 0:
+            yield "zero.offload is true; stage 0 has no sharded states to move: use zero.stage=1 or more"
+        yield from self._timeout_problems()
+
+    def _nearest_batch(self) -> int:
+        clips = self.data.clips_per_video
+        return max(clips, round(self.train.global_batch / clips) * clips)
+
+    def _timeout_problems(self) -> Iterator[str]:
+        """C13: a wait must end before the wait around it does."""
+        order = list(LimitsConfig.model_fields)
+        for inner, outer in itertools.pairwise(order):
+            inner_s, outer_s = getattr(self.limits, inner), getattr(self.limits, outer)
+            if inner_s >= outer_s:
+                yield f"limits.{inner} is {inner_s:g}; it must be below limits.{outer} ({outer_s:g}): lower it or raise that"
+        if self.data.decode_deadline_s >= self.limits.wait_limit_s:
+            yield (
+                f"data.decode_deadline_s is {self.data.decode_deadline_s:g}; it must be below limits.wait_limit_s "
+                f"({self.limits.wait_limit_s:g}): lower it"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read YAML, apply `section.key=value` overrides, validate. Raises `UserError` listing every problem found."""
+    file = Path(path)
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise UserError(f"config {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = cast(dict[str, Any], loaded if loaded is not None else {})
+    if not isinstance(loaded, dict | None):
+        raise UserError(f"config {file} holds {type(loaded).__name__}; it must hold sections (run:, data:, …)")
+    problems = [problem for text in overrides for problem in _apply(raw, text)]
+    run = raw.setdefault("run", {})
+    if isinstance(run, dict):
+        cast(dict[str, Any], run).setdefault("dir", f"runs/{file.stem}")
+    config, found = parse(raw)
+    problems += found
+    if problems or config is None:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def parse(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """A nested mapping (YAML, or the config stored in a checkpoint) -> the config, or None, and all problems."""
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        return None, [_sentence(raw, cast(dict[str, Any], item)) for item in error.errors()]
+    return config, list(config.problems())
+
+
+def _apply(raw: dict[str, Any], override: str) -> Iterator[str]:
+    """Write one `section.key=value` into the tree; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        yield f"{override!r} is not an override; it must look like section.key=value: for example train.steps=100"
+        return
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        value = text
+    node = raw
+    *parents, last = key.split(".")
+    for name in parents:
+        child = node.get(name)
+        if not isinstance(child, dict):
+            child = node[name] = {}
+        node = cast(dict[str, Any], child)
+    node[last] = value
+
+
+def _sentence(raw: Mapping[str, Any], item: dict[str, Any]) -> str:
+    """One pydantic error as `section.key is VALUE; it must RULE: do REMEDY`."""
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        if "accum" in location[-1]:
+            return (
+                f"{key} is set; accumulation is derived as global_batch / (micro_batch x ranks): "
+                "set train.global_batch and train.micro_batch instead"
+            )
+        near = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.0)
+        return f"{key} is not a key; the nearest is {near[0]}: use that, or `tubelet config` to list every key"
+    if item["type"] == "missing":
+        return f"{key} is missing; it has no default: set it in the YAML file or as {key}=VALUE"
+    value = item.get("input")
+    rule = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key} is {value!r}; it must be {rule}: {help_text(key) or 'see `tubelet config`'}"
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key as `section.key`, in the order of the file."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def help_text(key: str) -> str:
+    """The docstring of a key in one line, or an empty string where there is none."""
+    section: type[BaseModel] = Config
+    description: str | None = None
+    for name in key.split("."):
+        field = section.model_fields.get(name)
+        if field is None:
+            return ""
+        description = field.description
+        section = _section_of(field.annotation) or section
+    return " ".join((description or "").split())
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section class behind `Section` or `Section | None`."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Value of `section.key`; None where a parent section is absent."""
+    node: Any = config
+    for name in key.split("."):
+        node = getattr(node, name) if node is not None else None
+    return node
+
+
+# C8: what a resumed run may change. A key not named here is refused: it would make another run of it.
+FREE_KEYS = (
+    "run.dir",
+    "data.shards",  # the manifest hash in the cursor decides whether it is the same data
+    "data.eval_shards",
+    "data.eval_split",
+    "data.workers",
+    "data.prefetch_steps",
+    "data.decode_deadline_s",
+    "data.bad_sample_limit",
+    "train.micro_batch",
+    "train.init_from",  # only read when a run starts
+    "train.deterministic",
+    "train.activation_checkpointing",
+    "zero.",
+    "checkpoint.",
+    "eval.",
+    "track.",
+    "limits.",
+)
+RECORDED_KEYS = (
+    "train.steps",
+    "schedule.",
+    "optim.lr",
+    "objective.masked_frame.weight",
+    "objective.frame_order.weight",
+)
+
+
+def change_rule(key: str) -> Change:
+    """What a resumed run may do with a key: change it freely, change it with --change, or not at all."""
+    if key.startswith(FREE_KEYS):
+        return "free"
+    return "recorded" if key.startswith(RECORDED_KEYS) else "refused"
+
+
+def differences(saved: Config, wanted: Config) -> Iterator[tuple[str, Any, Any, Change]]:
+    """Keys whose values differ: (key, saved value, wanted value, what C8 says)."""
+    for key in keys():
+        old, new = value_of(saved, key), value_of(wanted, key)
+        if old != new:
+            yield key, old, new, change_rule(key)

@@ -1,0 +1,133 @@
+"""Videos that somebody names -> samples of a packed data set -> one clip of each.
+
+A folder of videos, or one file, is packed into a temporary folder first. So every command sees the same frames that
+training would see (rotation, rate and colour treated alike), and files that training would reject are rejected here,
+with the same reasons.
+
+Legend: T frames.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from shards.manifest import SplitReader, load_manifest, open_split
+from shards.pack import PackOptions, pack
+
+from pretrain.data.clip import pick_frames
+from pretrain.data.decode import Frames, VideoFacts, decode_frames
+from shards.errors import UserError
+from shards.layout import MANIFEST_NAME
+
+HELD_OUT = ("val", "test")
+MIDDLE = 0.5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of one split."""
+
+    reader: SplitReader
+    number: int
+
+    @property
+    def label(self) -> int:
+        """Number of its class, -1 for none."""
+        return int(self.reader.records[self.number]["label"])
+
+    @property
+    def group(self) -> int:
+        """Samples of one group come from one source."""
+        return int(self.reader.records[self.number]["group"])
+
+    @property
+    def is_held_out(self) -> bool:
+        """Of a split that is not for training."""
+        return self.reader.name in HELD_OUT
+
+    @property
+    def num_frames(self) -> int:
+        """Frames that decode."""
+        return int(self.reader.records[self.number]["num_frames"])
+
+    @property
+    def rate(self) -> float:
+        """Frames per second."""
+        return float(self.reader.records[self.number]["rate"])
+
+    def decode(self, frame_numbers_T: NDArray[np.int32]) -> Frames:
+        """Read and decode these frames. Raises SampleError."""
+        record = self.reader.records[self.number]
+        facts = VideoFacts(
+            num_frames=int(record["num_frames"]),
+            height=int(record["height"]),
+            width=int(record["width"]),
+            grid=int(record["grid"]),
+            matrix=int(record["matrix"]),
+            full_range=int(record["full_range"]),
+        )
+        return decode_frames(self.reader.read(self.number), frame_numbers_T, "pyav", facts)
+
+    def middle_clip(self, frames: int, stride: int) -> Frames:
+        """The clip in the middle; the stride drops to the largest that fits. Raises SampleError("short")."""
+        grid = int(self.reader.records[self.number]["grid"])
+        frame_numbers_T, _ = pick_frames(self.num_frames, frames, stride, MIDDLE, grid=grid)
+        return self.decode(frame_numbers_T)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to look at, with the names of their classes."""
+
+    labels: tuple[str, ...]
+    items: Sequence[Sample]
+    rejected: dict[str, int]
+    """Files that could not be packed, by reason."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.items)
+
+
+@contextmanager
+def open_samples(data: str | Path) -> Generator[Samples]:
+    """Open a packed data set, a folder of videos, or a single video.
+
+    Args:
+        data: Folder or manifest URL of a packed data set; else a folder (its subfolders name classes, or `train/CLASS`
+            and `val/CLASS`), a CSV or JSONL list of videos, or one video file.
+
+    Raises:
+        UserError: nothing of that name, or nothing usable in it.
+    """
+    if _is_packed(str(data)):
+        yield _open(str(data))
+        return
+    source = Path(data)
+    if not source.exists():
+        raise UserError(f"{data} is not there; it must be a packed data set, a folder of videos, or a video")
+    with tempfile.TemporaryDirectory(prefix="tubelet-") as temporary:
+        folder = Path(temporary)
+        if source.is_file() and source.suffix.lower() not in (".csv", ".jsonl"):
+            listed = folder / "one.jsonl"
+            listed.write_text(json.dumps({"path": str(source.absolute()), "split": "train"}) + "\n")
+            source = listed
+        pack(source, folder / "packed", PackOptions(val_fraction=0.0), None)
+        yield _open(str(folder / "packed"))
+
+
+def _open(url: str) -> Samples:
+    manifest = load_manifest(url)
+    readers = [open_split(url, name) for name, split in manifest.splits.items() if split.num_samples]
+    items = [Sample(reader, number) for reader in readers for number in range(len(reader))]
+    return Samples(manifest.labels, items, {})
+
+
+def _is_packed(data: str) -> bool:
+    return "://" in data or data.endswith(MANIFEST_NAME) or (Path(data) / MANIFEST_NAME).is_file()

@@ -1,0 +1,48 @@
+"""The held-out loss: the same clips with the same masks every time. It touches no cursor."""
+
+from __future__ import annotations
+
+import itertools
+
+from pretrain.config import DataConfig, EvalConfig
+from pretrain.data.loader import ClipLoader
+from pretrain.engine import Engine
+from pretrain.world import World
+from shards.errors import UserError
+from shards.manifest import load_manifest
+
+
+class Evaluation:
+    """Runs the first `eval.num_clips` clips of the held-out split through the engine."""
+
+    def __init__(self, data: DataConfig, settings: EvalConfig, *, micro_batch: int, seed: int, world: World) -> None:
+        self._data, self._micro_batch, self._seed, self._world = data, micro_batch, seed, world
+        self._shards = data.eval_shards or data.shards
+        splits = load_manifest(self._shards).splits
+        if data.eval_split not in splits:
+            raise UserError(
+                f"data.eval_split is {data.eval_split}; {self._shards} has {', '.join(sorted(splits))}: "
+                "name one of these, or set eval.every_steps=0"
+            )
+        self._num_clips = min(settings.num_clips, splits[data.eval_split].num_samples)
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Mean losses over all ranks, and beside them what trivial predictors would lose. A collective."""
+        with ClipLoader(
+            self._data,
+            seed=self._seed,
+            global_batch=self._num_clips,
+            micro_batch=self._micro_batch,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            split=self._data.eval_split,
+            shards=self._shards,
+            num_clips=self._num_clips,
+        ) as loader:
+            batches = itertools.islice(loader, loader.num_micro_steps)
+            return engine.totals(engine.evaluate(batches))
+
+    @property
+    def num_clips(self) -> int:
+        """Clips evaluated each time."""
+        return self._num_clips

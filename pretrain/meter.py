@@ -1,0 +1,129 @@
+"""Durations that become metrics: steps, waits, saves; clips per second, MFU, memory. The only clock of training.
+
+Between two rows runs  elapsed = steps + sections (eval, save);  what is not inside a section is counted as training,
+so that nothing hides between steps.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from pretrain.data.loader import LoaderStats
+
+BACKWARD = 2
+"""The backward pass multiplies twice for every multiplication of the forward pass. (The embedding needs no gradient
+of the pixels, which this overstates: by less than 1 % from tiny upwards, 3 % for nano.)"""
+
+PEAK_FLOPS: dict[str, tuple[float, float]] = {
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+}
+"""Dense operations per second from the maker's data sheet (bf16, fp32 without TF32), by words of the name that torch
+gives; the first that fits. Not in here: MFU is null."""
+
+
+class Meter:
+    """Measures one rank. Rows are about the time since the row before."""
+
+    def __init__(
+        self,
+        flops_per_clip: int,
+        *,
+        num_clips: int,
+        world_size: int,
+        device: torch.device,
+        precision: str = "bf16",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`flops_per_clip`: matmul and attention operations of one forward pass, over the tokens that each module
+        really processes (`Pretraining.flops`); `num_clips`: global batch of a step, without fillers.
+        """
+        self._flops_per_step = flops_per_clip * num_clips * (1 + BACKWARD)
+        self._num_clips, self._world_size, self._device, self._clock = num_clips, world_size, device, clock
+        self._peak_flops = peak_flops(device, precision)
+        self._last_s: dict[str, float] = {}
+        self._num_steps, self._section_s = 0, 0.0
+        self._since_s: float | None = None
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """Around one training step, its wait for data included."""
+        if self._since_s is None:  # what was built before the first step is no training
+            self._since_s = self._clock()
+        yield
+        self._num_steps += 1
+
+    @contextmanager
+    def section(self, name: str) -> Generator[None]:
+        """Around work that is no training (eval, save): left out of rates, its length kept for `seconds`."""
+        start_s = self._clock()
+        try:
+            yield
+        finally:
+            self._last_s[name] = self._clock() - start_s
+            if self._since_s is not None:
+                self._section_s += self._last_s[name]
+
+    def seconds(self, name: str) -> float:
+        """Length of the last section of that name."""
+        return self._last_s[name]
+
+    def row(self, stats: LoaderStats) -> dict[str, Any]:
+        """Rates since the last row; call it right after a step. Counts of the loader are of this rank.
+
+        `mfu` is null on hardware whose peak is unknown; `gpu_memory_bytes` (peak since the last row) is null on CPUs.
+        """
+        assert self._since_s is not None, "row() before the first step"
+        now_s = self._clock()
+        training_s = now_s - self._since_s - self._section_s
+        num_steps, self._num_steps, self._section_s, self._since_s = self._num_steps, 0, 0.0, now_s
+        step_s = training_s / num_steps if num_steps else None
+        return {
+            "step_s": step_s,
+            "clips_per_s": self._num_clips / step_s if step_s else None,
+            "data_wait_fraction": min(1.0, stats.wait_s / training_s) if training_s > 0 else None,
+            "mfu": self._mfu(step_s),
+            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "gpu_memory_bytes": self._gpu_memory_bytes(),
+            "bytes_read": stats.bytes_read,
+            "stride_dropped": stats.stride_dropped,
+            "decoder_respawns": stats.num_respawns,
+            **{f"substituted/{reason}": num for reason, num in sorted(stats.substituted.items())},
+        }
+
+    def _mfu(self, step_s: float | None) -> float | None:
+        if self._peak_flops is None or not step_s:
+            return None
+        return self._flops_per_step / (step_s * self._peak_flops * self._world_size)
+
+    def _gpu_memory_bytes(self) -> int | None:
+        if self._device.type != "cuda":
+            return None
+        peak_bytes = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak_bytes
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations per second that the processor's maker claims; None where we do not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    has_tf32 = torch.get_float32_matmul_precision() != "highest"
+    for words, (bf16, fp32) in PEAK_FLOPS.items():
+        if re.search(rf"\b{words}\b", name):
+            return bf16 if precision == "bf16" else None if has_tf32 else fp32
+    return None

@@ -1,0 +1,157 @@
+"""Saving and resuming as all ranks do it together (C8). The files themselves: `checkpoint.py`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import checkpoint
+from pretrain.agree import Agreement
+from pretrain.attempt import refuse_superseded
+from pretrain.checkpoint import BrokenCheckpoint, Checkpoint, Facts
+from pretrain.config import Config, differences, parse
+from pretrain.data.loader import ClipLoader
+from pretrain.engine import Engine
+from pretrain.ledger import Ledger, LineageHead, commit_lineage
+from pretrain.world import World
+from shards.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Recovery:
+    """Everything that goes into a checkpoint, and the two things done with it."""
+
+    run_dir: Path
+    config: Config
+    attempt: int
+    world: World
+    agreement: Agreement
+    engine: Engine
+    loader: ClipLoader
+    ledger: Ledger
+    versions: dict[str, str]
+    lineage: LineageHead | None = None
+    changes: tuple[str, ...] = ()
+
+    def resume(self, *, allow_change: bool) -> int:
+        """Restore the newest whole checkpoint, if the run has one. Returns the step to go on from.
+
+        Which one is decided by all ranks: each verifies a share of the files, and one broken file rules it out.
+        """
+        chosen = self._choose()
+        if chosen is None:
+            return 0
+        facts = chosen.facts
+        self.changes = (*facts.changes, *self._compare(facts, allow_change))
+        self.engine.restore(chosen.read, facts.optimizer_steps)
+        self.engine.restore_buffers(lambda name: chosen.read(name, "buffer", 0, chosen.numel(name, "buffer")))
+        self.loader.load_state_dict(facts.cursor)
+        self.lineage = chosen.lineage
+        self.agreement.wait()
+        log.info("resumed from %s (step %d)", chosen.folder, facts.step)
+        return facts.step
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of `step`. Seal the ledger, write parts, then rank 0 commits; nobody trains on before."""
+        refuse_superseded(self.run_dir, self.attempt)
+        staging = checkpoint.staging_folder(self.run_dir, step, self.attempt)
+        if self.world.is_first:
+            checkpoint.begin(self.run_dir, step, self.attempt)
+        self.agreement.wait()
+        segment = self.ledger.seal()
+        slices = [(s.name, s.state, s.offset, s.values_K) for s in self.engine.slices()]
+        if self.world.is_first:
+            slices += [(name, "buffer", 0, buffer.reshape(-1)) for name, buffer in self.engine.buffers().items()]
+        checkpoint.write_part(staging, self.world.rank, slices, segment)
+        self.agreement.wait()
+        if self.world.is_first:
+            self._commit(staging, step)
+        self.agreement.wait()
+        self.lineage = Checkpoint(self.run_dir / "checkpoints" / checkpoint.NAME.format(step)).lineage
+        return self.run_dir / "checkpoints" / checkpoint.NAME.format(step)
+
+    def _commit(self, staging: Path, step: int) -> None:
+        parts, segments = checkpoint.read_parts(staging, self.world.size)
+        refuse_superseded(self.run_dir, self.attempt)
+        lineage = commit_lineage(self.run_dir / "ledger", step, self.attempt, segments, self.lineage)
+        shapes = self.engine.parameters() | {name: tuple(b.shape) for name, b in self.engine.buffers().items()}
+        facts = Facts(
+            step=step,
+            optimizer_steps=self.engine.optimizer_steps,
+            attempt=self.attempt,
+            cursor=self.loader.state_dict(),
+            config=self.config.model_dump(mode="json"),
+            shapes={name: list(shape) for name, shape in shapes.items()},
+            versions=self.versions,
+            changes=list(self.changes),
+        )
+        checkpoint.commit(staging, facts, parts, lineage)
+        checkpoint.keep_newest(self.run_dir, self.config.checkpoint.keep)
+
+    def _choose(self) -> Checkpoint | None:
+        """Newest first; rank 0 names a candidate, every rank checks its share of it, all must agree."""
+        folders = checkpoint.candidates(self.run_dir) if self.world.is_first else []
+        problems: list[str] = []
+        for index in range(self.agreement.from_first(len(folders))):
+            step = self.agreement.from_first(int(folders[index].name.split("-")[1]) if folders else 0)
+            opened: Checkpoint | None = None
+            try:
+                opened = Checkpoint(self.run_dir / "checkpoints" / checkpoint.NAME.format(step))
+                mine = sorted(opened.files)[self.world.rank :: self.world.size]
+                found = opened.broken_files(mine)
+            except BrokenCheckpoint as error:
+                found = [str(error)]
+            if self.agreement.all_true(not found):
+                return opened
+            problems += found
+            for problem in found:
+                log.warning("checkpoint of step %d is not whole: %s", step, problem)
+        if self.agreement.from_first(len(folders)):
+            raise checkpoint.none_whole(self.run_dir, problems or ["(see the logs of the other ranks)"])
+        return None
+
+    def _compare(self, facts: Facts, allow_change: bool) -> list[str]:
+        """C8: free keys may differ, some with --change, the others never; all problems at once."""
+        saved, found = parse(facts.config)
+        if saved is None:
+            raise UserError(f"the config in the checkpoint of step {facts.step} is not readable: {'; '.join(found)}")
+        recorded: list[str] = []
+        refused: list[str] = []
+        for key, old, new, rule in differences(saved, self.config):
+            line = f"{key} was {old} and is {new}"
+            if rule == "recorded" and allow_change:
+                recorded.append(f"step {facts.step}: {line}")
+            elif rule == "recorded":
+                refused.append(f"{line}; add --change to go on with the new value")
+            elif rule == "refused":
+                refused.append(f"{line}; that makes another run: use run.dir=NEW train.init_from={self.run_dir}")
+        if refused:
+            raise UserError(f"{self.run_dir} holds a run with another config:\n  " + "\n  ".join(refused))
+        return recorded
+
+
+def load_initial(model: torch.nn.Module, read: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> list[str]:
+    """Weights for a new run (`train.init_from`). Returns the names that keep their random start (new heads).
+
+    Raises `UserError` where a weight has another shape than the model's.
+    """
+    tensors, _ = read()
+    wanted = dict(model.named_parameters())
+    wrong = [
+        f"{name} has shape {list(tensors[name].shape)}, the model's is {list(p.shape)}"
+        for name, p in wanted.items()
+        if name in tensors and tensors[name].shape != p.shape
+    ]
+    if wrong:
+        raise UserError(f"train.init_from does not fit this model: {wrong[0]} (and {len(wrong) - 1} more)")
+    if not any(name in tensors for name in wanted):
+        raise UserError("train.init_from has no weight of this model: check the folder and model.size")
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in wanted}, strict=False)
+    return [name for name in wanted if name not in tensors]

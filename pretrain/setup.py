@@ -1,0 +1,212 @@
+"""From a config to a running rank: run folder, attempt number, process group, and the parts of the trainer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from pretrain.agree import Agreement
+from pretrain.attempt import Outcome, record_outcome, take_attempt
+from pretrain.checkpoint import candidates, load_parameters
+from pretrain.config import Config
+from pretrain.console import Console
+from pretrain.data.loader import ClipLoader
+from pretrain.engine import Engine, join_ranks, leave_ranks
+from pretrain.evaluation import Evaluation
+from pretrain.ledger import Journal, Ledger
+from pretrain.meter import Meter
+from pretrain.objective import Pretraining
+from pretrain.optim import build_optimizer
+from pretrain.recovery import Recovery, load_initial
+from pretrain.stop import StopAgreement, watch_parents
+from pretrain.track import Tracker
+from pretrain.train import Trainer
+from pretrain.world import World, world_from_environment
+from shards.errors import UserError
+from shards.storage import write_atomic
+
+log = logging.getLogger(__name__)
+
+RECORDED_PACKAGES = ("tubelet", "torch", "deepspeed", "numpy", "av", "decord2", "webdataset", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank that has joined the others."""
+
+    config: Config
+    run_dir: Path
+    world: World
+    device: torch.device
+    agreement: Agreement
+    attempt: int
+    console: Console
+    finished: Outcome | None
+    """Set where the run was finished before: there is nothing to do."""
+
+    def close(self, trainer: Trainer, outcome: Outcome) -> None:
+        """Leave in order: write the outcome, end the helpers, close the group."""
+        trainer.stop.close()
+        trainer.loader.close()
+        if self.world.is_first:
+            if outcome.outcome == "finished":
+                write_atomic(self.run_dir / "DONE", json.dumps({"step": outcome.step}).encode() + b"\n")
+            record_outcome(self.run_dir, self.attempt, outcome)
+        trainer.tracker.close()
+        leave_ranks()
+
+
+def prepare(config: Config) -> Rank:
+    """Make the run folder, join the ranks, take the attempt number. A finished run is told so here."""
+    world = world_from_environment()
+    run_dir = Path(config.run.dir)
+    if world.size > config.train.global_batch:
+        raise UserError(
+            f"train.global_batch is {config.train.global_batch}; each of {world.size} ranks needs at least one clip: "
+            f"start {config.train.global_batch} ranks or fewer, or raise it in a new run"
+        )
+    device = join_ranks(world, config.limits.collective_timeout_s)
+    watch_parents()
+    agreement = Agreement()
+    finished = _finished(run_dir, config.train.steps)
+    attempt = 0
+    if finished is None:
+        if world.is_first:
+            _make_run_folder(run_dir, config)
+            attempt = take_attempt(run_dir, world.size)
+        attempt = agreement.from_first(attempt)
+        _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
+    return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first), finished)
+
+
+def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
+    """Put the parts together and restore them. Where the weights come from, in this order:
+
+    1. the newest whole checkpoint of this run; 2. `train.init_from`; 3. the seed.
+    """
+    config, world, device = rank.config, rank.world, rank.device
+    train, data = config.train, config.data
+    _be_deterministic(train.deterministic if train.deterministic is not None else device.type == "cpu")
+    journal = Journal(rank.run_dir / "journal", rank.attempt, world.rank)
+    loader = ClipLoader(
+        data,
+        seed=config.run.seed,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        journal=journal,
+        limits=config.limits,
+    )
+    model = Pretraining(
+        config.model.size,
+        config.objective,
+        frames=data.frames,
+        size=data.size,
+        seed=config.run.seed,
+        activation_checkpointing=train.activation_checkpointing,
+    )
+    resumes = bool(rank.agreement.from_first(len(candidates(rank.run_dir))))
+    if train.init_from is not None and not resumes:
+        fresh = load_initial(model, lambda: load_parameters(Path(str(train.init_from))))
+        rank.console.say(f"weights from {train.init_from}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
+    meter = Meter(
+        model.flops(),
+        num_clips=train.global_batch,
+        world_size=world.size,
+        device=device,
+        precision=train.precision,
+    )
+    optimizer = build_optimizer(model, config.optim)
+    engine = Engine(
+        model, optimizer, train=train, zero=config.zero, world=world, device=device, size=data.size, seed=config.run.seed
+    )
+    ledger = Ledger(rank.run_dir / "ledger", rank.attempt, world.rank)
+    recovery = Recovery(
+        rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions()
+    )
+    start = recovery.resume(allow_change=allow_change)
+    evaluation = None
+    if config.eval.every_steps:
+        evaluation = Evaluation(
+            data, config.eval, micro_batch=train.micro_batch, seed=config.run.seed, world=world
+        )
+    tracker = Tracker(rank.run_dir, rank.attempt, config.track, is_first=world.is_first, resumed_from=start)
+    stop = StopAgreement(rank.run_dir, world, rank.agreement)
+    rank.console.start(config, world, engine.num_micro_steps, loader.num_samples, start, rank.attempt)
+    tracker.write({"kind": "start", "step": start, "world_size": world.size, "zero_stage": config.zero.stage})
+    return Trainer(config, loader, engine, ledger, recovery, evaluation, stop, tracker, meter, rank.console), start
+
+
+def _finished(run_dir: Path, steps: int) -> Outcome | None:
+    """A run that reached its last step is done; asking for more steps goes on from there (with --change)."""
+    try:
+        step = int(json.loads((run_dir / "DONE").read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return Outcome("finished", step, f"{run_dir} is finished (step {step})") if step >= steps else None
+
+
+def _make_run_folder(run_dir: Path, config: Config) -> None:
+    """The folder, private to its owner (C14), with the config and an allow-list of facts about the machine."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.chmod(0o700)
+        for name in ("logs", "ledger", "journal", "attempts", "checkpoints", "pictures"):
+            (run_dir / name).mkdir(exist_ok=True)
+        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomic(run_dir / "config.yaml", settings.encode())
+        write_atomic(run_dir / "environment.json", json.dumps(_environment(), indent=1).encode() + b"\n")
+    except OSError as error:
+        raise UserError(
+            f"run.dir is {run_dir}; it must be a folder that can be written ({error.strerror}): set run.dir=ELSEWHERE"
+        ) from error
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _log_to(path: Path, attempt: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s attempt {attempt} %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for noisy in ("DeepSpeed", "fsspec", "botocore", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _be_deterministic(wanted: bool) -> None:
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # would write gigabytes of unused buckets
+        torch.backends.cudnn.benchmark = False
+

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
+from pretrain.data.loader import LoaderStats
+from pretrain.meter import Meter, peak_flops
+from pretrain.objective import ClipKeys, Pretraining
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make_meter(clock: Clock, **changes: object) -> Meter:
+    settings = {"num_clips": 8, "world_size": 2, "device": CPU, "clock": clock, **changes}
+    return Meter(1000, **settings)  # type: ignore[arg-type]
+
+
+def test_rates_are_of_training_alone() -> None:
+    clock = Clock()
+    meter = make_meter(clock)
+    clock.now_s += 50  # building the model: before the first step
+    for _ in range(4):
+        with meter.step():
+            clock.now_s += 2
+    with meter.section("eval"):
+        clock.now_s += 30
+    clock.now_s += 1  # between steps: belongs to training
+    row = meter.row(LoaderStats(wait_s=3.0, bytes_read=7, stride_dropped=2, substituted=Counter(short=1)))
+    assert row["step_s"] == 9 / 4
+    assert row["clips_per_s"] == 8 / (9 / 4)
+    assert row["data_wait_fraction"] == 3 / 9
+    assert (row["bytes_read"], row["stride_dropped"], row["substituted/short"]) == (7, 2, 1)
+    assert meter.seconds("eval") == 30
+    with meter.step():
+        clock.now_s += 5
+    assert meter.row(LoaderStats())["step_s"] == 5
+
+
+def test_section_is_timed_when_it_fails_and_before_the_first_step() -> None:
+    clock = Clock()
+    meter = make_meter(clock)
+
+    def fail() -> None:
+        with meter.section("save"):
+            clock.now_s += 4
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert meter.seconds("save") == 4
+    with meter.step():
+        clock.now_s += 1
+    assert meter.row(LoaderStats())["step_s"] == 1
+
+
+def test_row_without_steps_has_no_rates() -> None:
+    clock = Clock()
+    meter = make_meter(clock)
+    with meter.step():
+        clock.now_s += 1
+    meter.row(LoaderStats())
+    row = meter.row(LoaderStats())
+    assert row["step_s"] is row["clips_per_s"] is row["data_wait_fraction"] is row["mfu"] is None
+
+
+def test_mfu_is_null_on_unknown_hardware_and_a_ratio_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    meter = make_meter(clock)
+    with meter.step():
+        clock.now_s += 1
+    row = meter.row(LoaderStats())
+    assert row["mfu"] is row["gpu_memory_bytes"] is None
+    assert row["memory_bytes"] > 10_000_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: 5)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _device: None)
+    meter = Meter(10**12, num_clips=26, world_size=2, device=GPU, clock=clock)
+    with meter.step():
+        clock.now_s += 0.5
+    row = meter.row(LoaderStats())
+    assert row["mfu"] == pytest.approx(3 * 26e12 / 0.5 / (2 * 312e12))
+    assert row["gpu_memory_bytes"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H200", "bf16", 989e12),
+        ("NVIDIA RTX A1000", "bf16", None),  # no A100
+        ("NVIDIA GH200 480GB", "bf16", None),
+    ],
+)
+def test_peak_is_known_or_null(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
+    assert peak_flops(GPU, precision) == peak
+    assert peak_flops(CPU, precision) is None
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_flops(GPU, "fp32") is None
+
+
+@sdpa_kernel(SDPBackend.MATH)  # torch's counter does not know the fused attention of CPUs
+def test_counted_operations_equal_torchs_count() -> None:
+    both = ObjectiveConfig(masked_frame=MaskedFrameConfig(), frame_order=FrameOrderConfig())
+    for objective in (both, ObjectiveConfig(masked_frame=MaskedFrameConfig(mask_ratio=0.75))):
+        model = Pretraining("tiny", objective, frames=8, size=96, seed=0)
+        numbers_B = torch.arange(2)
+        plans = model.plan(ClipKeys(0, numbers_B, numbers_B, numbers_B))
+        with FlopCounterMode(display=False) as forward:
+            losses = model(torch.randn(2, 3, 8, 96, 96), plans)
+        with FlopCounterMode(display=False) as backward:
+            sum(loss.value_B.sum() for loss in losses.values()).backward()
+        assert 2 * model.flops() == pytest.approx(forward.get_total_flops(), rel=0.02)
+        step_flops = Meter(model.flops(), num_clips=2, world_size=1, device=CPU)._flops_per_step
+        assert step_flops == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)

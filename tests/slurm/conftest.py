@@ -1,0 +1,218 @@
+"""A real Slurm of several virtual nodes on this machine: own folder, own ports, own munge; no root, no systemd.
+
+What makes requeues fast (6 s instead of 121) is set here; `RequeueExit` is not, because few clusters set it.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_NODES = 4
+DAEMONS = ("slurmctld", "slurmd", "munged")
+CLIENTS = ("sbatch", "srun", "scontrol", "sinfo")
+
+CONFIG = """\
+ClusterName=tubelet
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=2,batch_sched_delay=0
+SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
+SlurmdTimeout=10
+ReturnToService=2
+KillWait=5
+JobRequeue=1
+NodeName=DEFAULT CPUs=2 RealMemory=4000 State=UNKNOWN
+NodeName=node[0-{last}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{slurmd_ports}]
+PartitionName=train Nodes=node[0-{last}] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Slurm:
+    """A running cluster. Every process of its jobs carries its SLURM_CONF in the environment: so they are found."""
+
+    folder: Path
+    ports: list[int]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def env(self) -> dict[str, str]:
+        outer = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        host = socket.gethostname().partition(".")[0]
+        for name in ("munge", "state", *(f"spool/node{number}" for number in range(NUM_NODES))):
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / "slurm.conf").write_text(
+            CONFIG.format(
+                host=host,
+                user=getpass.getuser(),
+                folder=self.folder,
+                ports=self.ports,
+                slurmd_ports=",".join(map(str, self.ports[1:])),
+                last=NUM_NODES - 1,
+            )
+        )
+        self._start_munge()
+        self._daemon("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+        for number in range(NUM_NODES):
+            self.start_node(number)
+        wait_for(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(NUM_NODES), 60, self.why)
+
+    def start_node(self, number: int) -> None:
+        name = f"node{number}"
+        self._daemon(name, "slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N", name)
+
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise AssertionError(f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}\n{self.why()}")
+        return done.stdout
+
+    def submit(self, *arguments: str, cwd: Path = ROOT) -> str:
+        """`sbatch` with these arguments in the folder `cwd`; returns the job id."""
+        return self.run("sbatch", "--parsable", *arguments, cwd=cwd).strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """Fields of a job; Slurm has no accounting here, so only while it remembers the job (5 minutes)."""
+        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job)))
+
+    def processes(self, *words: str, job: str | None = None) -> list[int]:
+        """Living processes of this cluster's jobs whose command line holds all the words."""
+        found: list[int] = []
+        mine = f"SLURM_CONF={self.folder}/slurm.conf".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                env = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            of_job = f"SLURM_JOB_ID={job}".encode() in env if job else any(v.startswith(b"SLURM_JOB_ID=") for v in env)
+            if mine in env and of_job and all(word in command for word in words):
+                found.append(int(entry.name))
+        return found
+
+    def kill(self, *words: str, job: str | None = None) -> int:
+        """SIGKILL to those processes, from outside; returns how many there were."""
+        pids = self.processes(*words, job=job)
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return len(pids)
+
+    def why(self) -> str:
+        """The ends of the logs, for a failing test."""
+        logs = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+    def stop(self) -> None:
+        """End every daemon and every job process of this cluster; the tests of others are not touched."""
+        for name, daemon in reversed(list(self.daemons.items())):
+            if name != "munged":
+                daemon.terminate()
+        for name, daemon in reversed(list(self.daemons.items())):
+            if name == "munged":
+                daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        wait_for(lambda: self.kill() == 0, 10, self.why)
+
+    def _start_munge(self) -> None:
+        folder = self.folder / "munge"
+        key = folder / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = [f"--{name}-file={folder}/{name}" for name in ("key", "log", "pid", "seed")]
+        # --force: the scratch folder is 0700, and munged would have everybody reach its socket
+        self._daemon("munged", "munged", "--foreground", "--force", f"--socket={folder}/socket", *files)
+        wait_for((folder / "socket").exists, 20, lambda: (self.folder / "munged.log").read_text())
+
+    def _daemon(self, name: str, program: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            path = find(program) or program
+            self.daemons[name] = subprocess.Popen(
+                [path, *arguments],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
+def find(program: str) -> str | None:
+    """Path of a program; daemons live in sbin, which users seldom have on their PATH."""
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def wait_for(ready: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:
+    """Poll until ready; an AssertionError that says why when it takes too long."""
+    deadline_s = time.monotonic() + timeout_s
+    while not ready():
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not ready after {timeout_s:g} s\n{why()}")
+        time.sleep(0.2)
+
+
+def free_ports(number: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A cluster of four idle nodes for the whole session."""
+    missing = [program for program in (*DAEMONS, *CLIENTS) if find(program) is None]
+    assert not missing, (
+        f"{missing} not found: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+    )
+    folder = tmp_path_factory.mktemp("slurm")
+    folder.chmod(0o755)
+    cluster = Slurm(folder, free_ports(1 + NUM_NODES))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

@@ -132,7 +132,7 @@ def pretrain(
 @app.command()
 def audit(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
     """Prove from the ledger what was seen. Exit codes: 0 exact, 3 exact but for listed exceptions, 1 violated."""
-    from pretrain.proof import audit_run
+    from pretrain.witness import audit_run
 
     result = audit_run(run)
     show(result.to_json(), as_json, *result.lines)
@@ -158,7 +158,7 @@ def replay(
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
     """One self-contained HTML page: curves, rates, restarts, pictures, the audit."""
     from launch.report import report as write_report
-    from pretrain.proof import audit_run
+    from pretrain.witness import audit_run
 
     page = write_report(run, audit_run(run))
     show({"report": str(page)}, as_json, f"report: {page}", f"next: tubelet export {run} {run / 'export'}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,18 @@ class Witness:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """The verdict for scripts (`code`, `counts`) and for people (`lines`)."""
+    """The verdict for scripts (`exit_code`, `counts`) and for people (`lines`)."""
 
-    code: int
+    exit_code: int
     """0 exact; 3 exact but for the positions that the journal lists; 1 violated."""
     lines: tuple[str, ...]
     counts: dict[str, int]
     substituted: dict[str, int]
     """Clips replaced, by reason."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
 
 
 def audit(run_dir: Path, head: LineageHead, witness: Witness) -> AuditResult:

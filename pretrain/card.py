@@ -195,7 +195,7 @@ def _checked(differences: Mapping[str, float], bias_names: str) -> str:
         + "\n".join(lines)
         + f"\n\nThe biases of queries and values are called {spelling}. transformers 4 reads only `q_bias`, `v_bias`; "
         "early versions of 5 read only `query.bias`, `value.bias`; 5.23 reads both. "
-        "`tubelet export --biases v4` writes the other spelling.\n"
+        "`pretrain.export.export(RUN, FOLDER, biases=\"v4\")` writes the old spelling.\n"
     )
 
 

@@ -17,14 +17,15 @@ class Evaluation:
 
     def __init__(self, data: DataConfig, settings: EvalConfig, *, micro_batch: int, seed: int, world: World) -> None:
         self._data, self._micro_batch, self._seed, self._world = data, micro_batch, seed, world
-        self._shards = data.eval_shards or data.shards
-        splits = load_manifest(self._shards).splits
-        if data.eval_split not in splits:
+        found = held_out_shards(data)
+        if found is None:
+            shards = data.eval_shards or data.shards
             raise UserError(
-                f"data.eval_split is {data.eval_split}; {self._shards} has {', '.join(sorted(splits))}: "
+                f"data.eval_split is {data.eval_split}; {shards} has {', '.join(sorted(load_manifest(shards).splits))}: "
                 "name one of these, or set eval.every_steps=0"
             )
-        self._num_clips = min(settings.num_clips, splits[data.eval_split].num_samples)
+        self._shards, self._split = found
+        self._num_clips = min(settings.num_clips, load_manifest(self._shards).splits[self._split].num_samples)
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Mean losses over all ranks, and beside them what trivial predictors would lose. A collective."""
@@ -35,14 +36,15 @@ class Evaluation:
             micro_batch=self._micro_batch,
             rank=self._world.rank,
             world_size=self._world.size,
-            split=self._data.eval_split,
+            split=self._split,
             shards=self._shards,
             num_clips=self._num_clips,
         ) as loader:
             batches = itertools.islice(loader, loader.num_micro_steps)
             return engine.totals(engine.evaluate(batches))
 
-    @property
-    def num_clips(self) -> int:
-        """Clips evaluated each time."""
-        return self._num_clips
+
+def held_out_shards(data: DataConfig) -> tuple[str, str] | None:
+    """(shards, split) of the held-out data; None where the data set has no such split."""
+    shards = data.eval_shards or data.shards
+    return (shards, data.eval_split) if data.eval_split in load_manifest(shards).splits else None

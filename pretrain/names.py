@@ -4,9 +4,9 @@ Three layouts differ. Our patch embedding is a matrix [D, P], theirs a Conv3d ke
 numbers, as P is ordered (channel, time, row, column). Our qkv is one matrix, theirs three. Our mask token is a vector
 [E], theirs [1, 1, E].
 
-Biases of q and v have two spellings: `attention.attention.q_bias` (transformers 4, all published VideoMAE
-checkpoints, and what 5 writes) and `attention.attention.query.bias` (the module's own name in transformers 5, read by
-every version of it). Early versions of 5 drop the first spelling with no more than a warning, 4 drops the second.
+Biases of q and v have two spellings: `attention.attention.q_bias` (transformers 4 and all published VideoMAE
+checkpoints) and `attention.attention.query.bias` (the module's own name in transformers 5, read by every version of
+it). Early versions of 5 drop the first spelling with no more than a warning, 4 drops the second, 5.23 reads both.
 
 Legend: D encoder width, E decoder width, P = 3 * 2 * 16 * 16 values of a tubelet.
 """

@@ -24,6 +24,7 @@ from pretrain import names
 from pretrain.batch import COLOR_RGB24
 from pretrain.config import MaskedFrameConfig
 from pretrain.data.decode import Frames
+from pretrain.downstream.pictures import predict
 from pretrain.downstream.view import middle_crops
 from pretrain.load import Geometry, encode
 from pretrain.model.embed import patchify
@@ -132,7 +133,9 @@ def _compare_losses(
     loss = objective(encoder, patchify(ours_BCTHW), plan).value_B.mean()
     hidden_BN = torch.zeros(NUM_CLIPS, geometry.grid.num_tokens, dtype=torch.bool)
     hidden_BN.scatter_(1, plan["masked_BM"], True)
-    return {"loss": _difference(loss, theirs(theirs_BTCHW, bool_masked_pos=hidden_BN).loss)}
+    predicted_BMP = predict(encoder, objective.decoder, ours_BCTHW, plan["visible_BV"], plan["masked_BM"])
+    output = theirs(theirs_BTCHW, bool_masked_pos=hidden_BN)
+    return {"predictions": _difference(predicted_BMP, output.logits), "loss": _difference(loss, output.loss)}
 
 
 Where = Callable[[str], bool]
@@ -159,7 +162,7 @@ def _open(library: Any, name: str, folder: Path, *, extra: Where = _nowhere, abs
     if problems:
         raise UserError(
             f"transformers {library.__version__} opens the export as {name} with {' and '.join(problems)}; "
-            "nothing was exported: install the transformers version of constraints.txt, or export with other --biases"
+            "nothing was exported: install the transformers version of constraints.txt, or export with other `biases`"
         )
     return model.eval()
 

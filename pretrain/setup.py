@@ -16,12 +16,13 @@ import yaml
 
 from pretrain.agree import Agreement
 from pretrain.attempt import Outcome, record_outcome, take_attempt
-from pretrain.checkpoint import candidates, load_parameters
+from pretrain.checkpoint import candidates, load_parameters, newest
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine, join_ranks, leave_ranks
 from pretrain.evaluation import Evaluation
+from pretrain.gallery import draw_held_out
 from pretrain.ledger import Journal, Ledger
 from pretrain.meter import Meter
 from pretrain.objective import Pretraining
@@ -63,6 +64,18 @@ class Rank:
             record_outcome(self.run_dir, self.attempt, outcome)
         trainer.tracker.close()
         leave_ranks()
+        if self.world.is_first and outcome.outcome == "finished":
+            self._draw()
+
+    def _draw(self) -> None:
+        """Pictures at the end. The run is finished already: trouble here is told, and changes nothing."""
+        found = newest(self.run_dir)
+        assert found is not None
+        try:
+            draw_held_out(found, self.config, self.run_dir / "pictures")
+        except Exception as error:
+            log.exception("no pictures")
+            self.console.say(f"pictures could not be drawn: {error} (see logs/rank-0.log)")
 
 
 def prepare(config: Config) -> Rank:

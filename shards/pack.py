@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -330,9 +329,11 @@ def shard_ends(sizes: list[int], shard_bytes: int) -> list[int]:
 
 
 def _write_tar(path: Path, split: str, first: int, items: list[Item]) -> None:
-    webdataset: Any = importlib.import_module("webdataset")  # no stubs; imports torch: not at the top of a module
+    # Imports torch, so not at the top of a module.
+    from webdataset.writer import TarWriter  # pyright: ignore[reportUnknownVariableType]  # no stubs
+
     with path.open("wb") as file:
-        tar = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
+        tar: Any = TarWriter(file, encoder=False, mtime=0, user="", group="")
         for number, item in enumerate(items, first):
             key = sample_key(split, number)
             video = Path(item.piece.file)

@@ -207,12 +207,13 @@ class _Claim:
     num_frames: int
     duration_s: float
     start_s: float
+    rate: float
 
     def check(self, num_frames: int, end_s: float) -> None:
         if self.num_frames and abs(num_frames - self.num_frames) > COUNT_TOLERANCE * self.num_frames:
             raise Rejected("count", f"the container claims {self.num_frames} frames, {num_frames} decode")
         seen_s = end_s - self.start_s
-        slack_s = max(COUNT_TOLERANCE * self.duration_s, 0.2)
+        slack_s = max(COUNT_TOLERANCE * self.duration_s, 2 / self.rate if self.rate else 0.1)  # two frames at least
         if not self.num_frames and seen_s < self.duration_s - slack_s:
             raise Rejected("count", f"the container claims {self.duration_s:.2f} s, {seen_s:.2f} s can be read")
 
@@ -223,12 +224,12 @@ def _claim(container: InputContainer, stream: VideoStream) -> _Claim:
         # An edit list takes frames out of the index but not out of the count.
         num_frames = min(num_frames, len(stream.index_entries) or num_frames)
     start_s = (container.start_time or 0) / 1e6
+    rate = float(stream.average_rate or 0)
     duration_s = (container.duration or 0) / 1e6
     if container.format.name == "avi":
         # AVI counts the empty chunks that repeat a frame; those are never delivered. Compare times instead.
-        rate = float(stream.average_rate or 0)
         duration_s, num_frames = (num_frames / rate if rate else duration_s), 0
-    return _Claim(num_frames, duration_s, start_s)
+    return _Claim(num_frames, duration_s, start_s, rate)
 
 
 def _decode(

@@ -302,7 +302,7 @@ class ClipLoader:
         self._stats.num_clips += sum(len(video.rows) for video in micro.videos)
 
         def column(name: str) -> torch.Tensor:
-            return _tensor(np.ascontiguousarray(facts_B[name]))
+            return _tensor(facts_B[name].copy())
 
         return ClipBatch(
             step=micro.step,

@@ -9,22 +9,21 @@ Legend: T frames.
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from shards.manifest import SplitReader, load_manifest, open_split
-from shards.pack import PackOptions, pack
 
 from pretrain.data.clip import pick_frames
 from pretrain.data.decode import Frames, VideoFacts, decode_frames
-from shards.errors import UserError
+from pretrain.load import Geometry
 from shards.layout import MANIFEST_NAME
+from shards.manifest import SplitReader, load_manifest, open_split
+from shards.pack import PackOptions, PackProgress, pack
 
 HELD_OUT = ("val", "test")
 MIDDLE = 0.5
@@ -96,37 +95,38 @@ class Samples:
 
 
 @contextmanager
-def open_samples(data: str | Path) -> Generator[Samples]:
-    """Open a packed data set, a folder of videos, or a single video.
+def open_samples(
+    data: str | Path, geometry: Geometry, *, progress: Callable[[PackProgress], None] | None = None
+) -> Generator[Samples]:
+    """Open a packed data set, or pack a folder of videos or a single video for as long as the context lasts.
 
     Args:
         data: Folder or manifest URL of a packed data set; else a folder (its subfolders name classes, or `train/CLASS`
             and `val/CLASS`), a CSV or JSONL list of videos, or one video file.
+        geometry: Of the network: how long a sample must be.
+        progress: Told how far the packing is.
 
     Raises:
         UserError: nothing of that name, or nothing usable in it.
     """
     if _is_packed(str(data)):
-        yield _open(str(data))
+        yield _open(str(data), {})
         return
-    source = Path(data)
-    if not source.exists():
-        raise UserError(f"{data} is not there; it must be a packed data set, a folder of videos, or a video")
+    span = geometry.frames * geometry.stride
+    options = PackOptions(
+        min_frames=geometry.frames, max_frames=max(128, 2 * span), stride=geometry.stride, val_fraction=0.0
+    )
     with tempfile.TemporaryDirectory(prefix="tubelet-") as temporary:
-        folder = Path(temporary)
-        if source.is_file() and source.suffix.lower() not in (".csv", ".jsonl"):
-            listed = folder / "one.jsonl"
-            listed.write_text(json.dumps({"path": str(source.absolute()), "split": "train"}) + "\n")
-            source = listed
-        pack(source, folder / "packed", PackOptions(val_fraction=0.0), None)
-        yield _open(str(folder / "packed"))
+        packed = Path(temporary) / "packed"
+        summary = pack(Path(data), packed, options, progress)
+        yield _open(str(packed), summary.rejected)
 
 
-def _open(url: str) -> Samples:
+def _open(url: str, rejected: dict[str, int]) -> Samples:
     manifest = load_manifest(url)
     readers = [open_split(url, name) for name, split in manifest.splits.items() if split.num_samples]
     items = [Sample(reader, number) for reader in readers for number in range(len(reader))]
-    return Samples(manifest.labels, items, {})
+    return Samples(manifest.labels, items, rejected)
 
 
 def _is_packed(data: str) -> bool:

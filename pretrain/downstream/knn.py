@@ -9,6 +9,7 @@ Legend: N clips, D feature width, K neighbours, Q queries.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from pretrain.downstream.clips import open_samples
 from pretrain.downstream.features import Features, extract
 from pretrain.load import load_export, random_encoder
 from shards.errors import UserError
+from shards.pack import PackProgress
 
 MAX_NEIGHBOURS = 10
 TEMPERATURE = 0.07
@@ -80,6 +82,7 @@ def probe(
     seed: int = 0,
     batch: int = 8,
     device: str = "cpu",
+    progress: Callable[[PackProgress], None] | None = None,
 ) -> ProbeResult:
     """kNN accuracy of frozen, mean-pooled features on labelled data, beside random weights and a constant answer.
 
@@ -90,6 +93,7 @@ def probe(
         seed: Seed of the first random network.
         batch: Clips per forward pass.
         device: Where to compute.
+        progress: Told how far a folder of videos is read.
 
     Raises:
         UserError: unreadable export or data, fewer than two classes, or too few usable videos.
@@ -99,7 +103,7 @@ def probe(
     exported = load_export(export)
     encoders = [exported.encoder]
     encoders += [random_encoder(exported.geometry, seed=seed + number) for number in range(num_random)]
-    with open_samples(data) as samples:
+    with open_samples(data, exported.geometry, progress=progress) as samples:
         if len(samples.labels) < 2:
             raise UserError(
                 f"{data} has {len(samples.labels)} labelled class(es); a probe needs at least 2: "
@@ -124,7 +128,7 @@ def probe(
     return ProbeResult(
         measured=(
             f"top-1 accuracy of {neighbours} nearest neighbours by cosine (features centred, votes weighted by "
-            f"exp(similarity/{TEMPERATURE})) on frozen mean-pooled features of one centre clip per video, "
+            f"exp(similarity/{TEMPERATURE})) on frozen mean-pooled features of the middle clip of every sample, "
             f"{protocol}: {len(queries_Q)} queries against {num_bank} clips, {len(labels)} classes"
         ),
         export=str(export),
@@ -173,8 +177,10 @@ def _choose_protocol(found: Features, labels: tuple[str, ...]) -> tuple[Protocol
     """Which clips are asked (rows), and which clips each may be compared with (bool [Q, N])."""
     labels_N, groups_N, held_out_N = found.labels_N, found.groups_N, found.held_out_N
     if held_out_N.any() and (~held_out_N).any():
-        seen = set(labels_N[~held_out_N].tolist())
-        unseen = [labels[label] for label in sorted(set(labels_N[held_out_N].tolist()) - seen)]
+        num_classes = len(labels)
+        in_bank_C = torch.bincount(labels_N[~held_out_N], minlength=num_classes) > 0
+        asked_C = torch.bincount(labels_N[held_out_N], minlength=num_classes) > 0
+        unseen = [labels[label] for label in range(num_classes) if bool(asked_C[label] & ~in_bank_C[label])]
         if not unseen:
             queries_Q = held_out_N.nonzero().flatten()
             return "train against val", (~held_out_N).expand(len(queries_Q), -1), queries_Q, ()

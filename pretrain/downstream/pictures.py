@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pretrain.model.decoder import Decoder
 from pretrain.model.embed import patchify, take, unpatchify
 from pretrain.model.sizes import TUBELET, Grid
+from pretrain.model.vit import Encoder
 from pretrain.objective.targets import pixels_of, unnormalise
 
 MASK_GREY = 0.5
@@ -37,6 +39,19 @@ class Reconstruction:
     """Hidden tubelets grey."""
     filled: Tensor
     """Hidden tubelets as predicted, visible ones as they are."""
+
+
+@torch.no_grad()
+def fill_in(
+    encoder: Encoder, decoder: Decoder, frames_BCTHW: Tensor, visible_BV: Tensor, masked_BM: Tensor
+) -> Reconstruction:
+    """Encode what is visible, predict what is not, and put both together as pictures.
+
+    What training shows at an evaluation: `write_pictures(fill_in(model.encoder, objective.decoder, frames_BCTHW,
+    plan["visible_BV"], plan["masked_BM"]), folder)`. `frames_BCTHW` is model input; positions are int64, sorted.
+    """
+    latent_BVD = encoder(take(patchify(frames_BCTHW), visible_BV), visible_BV)
+    return rebuild(frames_BCTHW, decoder(latent_BVD, visible_BV, masked_BM), masked_BM)
 
 
 def rebuild(frames_BCTHW: Tensor, predicted_BMP: Tensor, masked_BM: Tensor) -> Reconstruction:

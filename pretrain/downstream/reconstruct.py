@@ -7,7 +7,7 @@ Legend: B clips, C channels, T frames, H, W pixels, A cells of a slot, V visible
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pretrain.data.clip import pick_frames
 from pretrain.downstream.clips import Sample, open_samples
 from pretrain.downstream.encode import write_mp4
-from pretrain.downstream.pictures import Reconstruction, rebuild, to_bytes
+from pretrain.downstream.pictures import Reconstruction, fill_in, to_bytes
 from pretrain.downstream.view import middle_crops
 from pretrain.load import Export, load_export
-from pretrain.model.decoder import Decoder
-from pretrain.model.embed import patchify, take
 from pretrain.model.mask import tube_mask, visible_cells
-from pretrain.model.vit import Encoder
 from shards.errors import UserError
+from shards.pack import PackProgress
 
 MASK_RATIO = 0.9
 """Where the export does not say at which ratio it was trained."""
@@ -69,14 +66,15 @@ def reconstruct(
     mask_ratio: float | None = None,
     max_windows: int = MAX_WINDOWS,
     device: str = "cpu",
+    progress: Callable[[PackProgress], None] | None = None,
 ) -> ReconstructReport:
     """Write original, masked and filled-in frames of a video side by side.
 
     The video is cut into windows of as many frames as the network takes, at the stride of training, one after the
-    other; each has a tube mask of its own. What is left over at the end, and after `max_windows`, is not shown. In the
-    filled-in picture visible tubelets are shown as they are. Predictions are normalised per tubelet and channel, so they
-    are drawn with the mean and deviation of the true tubelet, as VideoMAE's visualisation does: structure and texture
-    are the network's, brightness and contrast are not.
+    other; each has a tube mask of its own. What is left over at the end, and after `max_windows`, is not shown. In
+    the filled-in picture visible tubelets are shown as they are. Predictions are normalised per tubelet and channel,
+    so they are drawn with the mean and deviation of the true tubelet, as VideoMAE's visualisation does: structure and
+    texture are the network's, brightness and contrast are not.
 
     Args:
         export: Folder written by `tubelet export`, with decoder.
@@ -86,6 +84,7 @@ def reconstruct(
         mask_ratio: Share of hidden cells; default: that of training.
         max_windows: Upper limit of windows.
         device: Where to compute.
+        progress: Told how far the video is read.
 
     Raises:
         UserError: unreadable input, no decoder, a video shorter than a clip, or an unwritable output.
@@ -100,7 +99,7 @@ def reconstruct(
             f"mask ratio is {ratio}; it must hide some of the {exported.geometry.grid.cells} cells of a frame and show "
             "some: use 0.75"
         )
-    with open_samples(video) as samples:
+    with open_samples(video, exported.geometry, progress=progress) as samples:
         windows = [(sample, *window) for sample in samples for window in _windows(sample, exported)][:max_windows]
         if not windows:
             longest = max((sample.num_frames for sample in samples), default=0)
@@ -140,15 +139,6 @@ def _pictures(
             torch.as_tensor(positions, device=device)[None] for positions in (mask.visible_V, mask.masked_M)
         )
         yield from side_by_side(fill_in(encoder, decoder, frames_BCTHW, visible_BV, masked_BM))
-
-
-@torch.no_grad()
-def fill_in(
-    encoder: Encoder, decoder: Decoder, frames_BCTHW: Tensor, visible_BV: Tensor, masked_BM: Tensor
-) -> Reconstruction:
-    """Encode what is visible, predict what is not, and put both together as pictures. Also used while training."""
-    latent_BVD = encoder(take(patchify(frames_BCTHW), visible_BV), visible_BV)
-    return rebuild(frames_BCTHW, decoder(latent_BVD, visible_BV, masked_BM), masked_BM)
 
 
 def side_by_side(pictures: Reconstruction) -> Iterator[NDArray[np.uint8]]:

@@ -187,7 +187,7 @@ def text_of(result: AuditResult) -> str:
 
 def test_honest_run_is_exact(run: Run) -> None:
     result = run.audit()
-    assert result.code == 0, text_of(result)
+    assert result.exit_code == 0, text_of(result)
     assert result.counts == {
         "clips": 48,
         "rows": 48,
@@ -232,7 +232,7 @@ def test_every_honest_history_is_exact(data: st.DataObject) -> None:
             run.go(number, attempt)
         run.go(attempts, Attempt(world=draw(st.integers(1, 4))))
         result = run.audit()
-        assert result.code == 0, text_of(result)
+        assert result.exit_code == 0, text_of(result)
         assert result.counts["clips"] == run.num_steps * run.global_batch
         positions = result.counts["clips"] // run.clips_per_video
         assert result.counts["epochs"] == positions // run.num_samples
@@ -259,7 +259,7 @@ def test_every_single_wrong_clip_is_caught(data: st.DataObject) -> None:
             return [*clips[:at], changed, *clips[at + 1 :]]
 
         run.go(0, Attempt(world=draw(st.integers(1, 3))), loader)
-        assert run.audit().code == 1
+        assert run.audit().exit_code == 1
 
 
 def test_result_covers_only_what_the_checkpoint_stands_on(tmp_path: Path) -> None:
@@ -267,10 +267,10 @@ def test_result_covers_only_what_the_checkpoint_stands_on(tmp_path: Path) -> Non
     run.go(0, Attempt(world=2, kill_after=4))
     early = run.head
     run.go(1, Attempt(world=3))
-    assert run.audit().code == 0
+    assert run.audit().exit_code == 0
     run.head, run.saved = early, 4
     result = run.audit()
-    assert result.code == 0, text_of(result)
+    assert result.exit_code == 0, text_of(result)
     assert result.counts["clips"] == 16
     assert result.counts["abandoned_rows"] == 32
 
@@ -322,7 +322,7 @@ def test_dishonest_loader_is_caught(tmp_path: Path, change: Callable[[list[Clip]
     run.go(0, Attempt(world=2, kill_after=6))
     run.go(1, Attempt(world=2), in_step(7, change))
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert words in text_of(result)
 
 
@@ -333,7 +333,7 @@ def test_order_that_is_no_permutation_is_caught(tmp_path: Path) -> None:
     run.expected = lambda positions: np.where(positions == 13, honest(np.array([14]))[0], honest(positions))  # type: ignore[method-assign]
     run.go(0, Attempt(world=2))
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "epochs not complete" in text_of(result)
     assert "epoch 1: 1 clips were never due, of samples 9" in text_of(result)
 
@@ -367,7 +367,7 @@ def test_row_removed_doubled_or_edited_is_caught(run: Run, change: Callable[...,
     file = run.folder / "ledger" / "a0001-s00000004-r00001.rows"
     file.write_bytes(change(file.name, np.fromfile(file, ROW_DTYPE)).tobytes())
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "ledger files missing or changed: 1" in text_of(result)
     assert file.name in text_of(result)
 
@@ -383,10 +383,10 @@ def test_row_removed_doubled_or_edited_is_caught(run: Run, change: Callable[...,
 )
 def test_forger_who_mends_every_hash_is_caught(run: Run, change: Callable[..., NDArray[np.void]], words: str) -> None:
     run.rehash(lambda _file, rows: rows)
-    assert run.audit().code == 0
+    assert run.audit().exit_code == 0
     run.rehash(change)
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert words in text_of(result)
 
 
@@ -398,11 +398,11 @@ def test_lineage_edited_missing_or_of_another_checkpoint_is_caught(run: Run) -> 
     assert "ledger/lineage-s00000008-a0001.json was changed" in text_of(run.audit())
     file.unlink()
     assert "ledger/lineage-s00000008-a0001.json is missing" in text_of(run.audit())
-    assert run.audit().code == 1
+    assert run.audit().exit_code == 1
     file.write_bytes(kept)
     run.saved = 11
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "is of step 12, the checkpoint of step 11" in text_of(result)
 
 
@@ -411,13 +411,13 @@ def test_segment_missing_cut_or_swapped_is_caught(run: Run) -> None:
     kept = file.read_bytes()
     file.unlink()
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert f"ledger/{file.name} cannot be read (No such file or directory)" in text_of(result)
     assert result.counts["wrong_missing"] == 8
     file.write_bytes(kept[:-3])
     assert f"ledger/{file.name} has 7 rows and 42 bytes; 8 rows were committed" in text_of(run.audit())
     shutil.copy(run.folder / "ledger" / "a0000-s00000000-r00001.rows", file)
-    assert run.audit().code == 1
+    assert run.audit().exit_code == 1
 
 
 def test_unknown_samples_and_numbers_out_of_any_range_are_caught(run: Run) -> None:
@@ -432,7 +432,7 @@ def test_unknown_samples_and_numbers_out_of_any_range_are_caught(run: Run) -> No
 
     run.rehash(change)
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert result.counts["wrong_misplaced"] == 3
     assert result.counts["wrong_bytes"] == 1
 
@@ -456,7 +456,7 @@ def test_substitute_in_the_journal_is_exact_but_listed(tmp_path: Path) -> None:
     run = run_with_substitute(tmp_path)
     Journal(tmp_path / "journal").add(JournalRow(position=8, wanted=2, substitute=4, reason="damaged"))
     result = run.audit()
-    assert result.code == 3, text_of(result)
+    assert result.exit_code == 3, text_of(result)
     assert result.substituted == {"damaged": 1}
     assert "position 8 (step 2): sample 2 was replaced by 4 (damaged)" in text_of(result)
 
@@ -467,7 +467,7 @@ def test_substitute_without_its_journal_row_is_caught(tmp_path: Path, row: tuple
     if row is not None:
         Journal(tmp_path / "journal").add(JournalRow(*row, reason="damaged"))
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "position 8 (step 2, draw 0, wanted 2, sample 4) in ledger/a0000-s00000000-r00000.rows" in text_of(result)
 
 
@@ -476,7 +476,7 @@ def test_journal_that_cannot_be_read_is_caught(tmp_path: Path) -> None:
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / "a0000-r00000.jsonl").write_text("no row\n")
     result = run.audit()
-    assert result.code == 1
+    assert result.exit_code == 1
     assert "journal line 1 of" in text_of(result)
 
 
@@ -514,10 +514,10 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
     result = audit(tmp_path, head, witness)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert result.code == 0, text_of(result)
+    assert result.exit_code == 0, text_of(result)
     assert result.counts["epochs"] == 60
     assert peak_bytes < 500_000 * 400  # some arrays over one segment; one Python object per row would be more
 
 
 def test_result_is_plain_data(run: Run) -> None:
-    assert json.loads(json.dumps(dataclasses.asdict(run.audit())))["code"] == 0
+    assert json.loads(json.dumps(run.audit().to_json()))["exit_code"] == 0

@@ -72,7 +72,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pretraining, d
 def test_transformers_gives_our_features_and_our_loss(size: str, biases: Any, tmp_path: Path) -> None:
     model, config = make_run(size, frames=8, pixels=48)
     report = export_state(model.state_dict(), config, tmp_path / "export", biases=biases)
-    assert set(report.proof.differences) == {"pixel values", "features", "loss"}
+    assert set(report.proof.differences) == {"pixel values", "features", "predictions", "loss"}
 
     frames_BTHWC = np.random.default_rng(5).integers(0, 256, (2, 8, 48, 48, 3), dtype=np.uint8)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "export")

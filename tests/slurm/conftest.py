@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NUM_NODES = 4
 DAEMONS = ("slurmctld", "slurmd", "munged")
-CLIENTS = ("sbatch", "srun", "scontrol", "sinfo")
+CLIENTS = ("sbatch", "srun", "scancel", "scontrol", "sinfo")
 
 CONFIG = """\
 ClusterName=tubelet
@@ -38,8 +39,6 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -71,7 +70,8 @@ class Slurm:
     @property
     def env(self) -> dict[str, str]:
         outer = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-        return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # jobs run with the tests' Python
+        return {**outer, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -136,10 +136,13 @@ class Slurm:
                 continue
         return len(pids)
 
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:
+        """Poll until ready; an AssertionError that says why when it takes too long."""
+        wait_for(ready, timeout_s, why)
+
     def why(self) -> str:
-        """The ends of the logs, for a failing test."""
-        logs = sorted(self.folder.glob("*.log"))
-        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+        """What the controller said last, for a failing test."""
+        return f"--- slurmctld\n{(self.folder / 'slurmctld.log').read_text(errors='replace')[-2000:]}"
 
     def stop(self) -> None:
         """End every daemon and every job process of this cluster; the tests of others are not touched."""
@@ -164,7 +167,7 @@ class Slurm:
         files = [f"--{name}-file={folder}/{name}" for name in ("key", "log", "pid", "seed")]
         # --force: the scratch folder is 0700, and munged would have everybody reach its socket
         self._daemon("munged", "munged", "--foreground", "--force", f"--socket={folder}/socket", *files)
-        wait_for((folder / "socket").exists, 20, lambda: (self.folder / "munged.log").read_text())
+        wait_for((folder / "socket").exists, 20, (self.folder / "munged.log").read_text)
 
     def _daemon(self, name: str, program: str, *arguments: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:

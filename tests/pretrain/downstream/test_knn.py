@@ -130,7 +130,7 @@ def test_probe_finds_what_tells_the_classes_apart(exported: Path, films: Path) -
 
 
 def test_probe_says_what_is_wrong(exported: Path, films: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         probe(exported, tmp_path / "nothing")
     with pytest.raises(UserError, match="num_random is 0"):
         probe(exported, films, num_random=0)

@@ -51,7 +51,7 @@ def test_seed_decides_the_masks(exported: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shown_is_named(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="does not exist"):
         reconstruct(exported, tmp_path / "none.mp4", tmp_path / "out.mp4")
     with pytest.raises(UserError, match=r"must end in \.mp4"):
         reconstruct(exported, CITY, tmp_path / "out.gif", max_windows=1)

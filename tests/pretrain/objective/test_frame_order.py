@@ -171,29 +171,44 @@ def test_chance_is_what_an_even_guess_over_the_other_slots_costs():
 # ------------------------------------------------------------------ shortcuts
 
 
-def test_without_pixels_accuracy_stays_at_chance():
-    """Trained on black clips with the gate off, and tested on other draws: positions give nothing away."""
-    grid = Grid.of(16, 16)
-    encoder, objective = build(grid, min_motion=0)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *objective.parameters()], lr=3e-4)
-    num_clips = 64
+@pytest.mark.parametrize("leaks", [False, True])
+def test_without_pixels_accuracy_stays_at_chance(leaks: bool):
+    """Trained on black clips with the gate off and tested on other draws: positions give nothing away.
+
+    The control shows that the test can fail: where tokens keep the positions they had before the shuffle, the same
+    training reads the answer off them.
+    """
+    grid = Grid.of(16, 32)
+    encoder, objective = build(grid, min_motion=0, mask_ratio=0.75)
+    plan: dict[str, Tensor] = {}
+
+    def keep_positions(_: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return args[0], take((args[1] // grid.cells)[..., None], plan["order_BS"])[..., 0] * grid.cells
+
+    if leaks:
+        encoder.register_forward_pre_hook(keep_positions)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *objective.parameters()], lr=1e-3)
+    num_clips = 32
     black_BNP = torch.zeros(num_clips, grid.num_tokens, PATCH_VALUES)
-    for step in range(80):
-        loss = objective(encoder, black_BNP, objective.plan(keys(num_clips, epoch=step)))
+    for step in range(100):
+        plan = objective.plan(keys(num_clips, epoch=step))
         optimizer.zero_grad()
-        loss.value_B.mean().backward()
+        objective(encoder, black_BNP, plan).value_B.mean().backward()
         optimizer.step()
-    # It has learned all there is to learn: that a slot is never its own.
-    assert abs(float(loss.value_B.detach().mean()) - math.log(S - 1)) < 0.03
     correct = asked = 0.0
     with torch.no_grad():
-        for step in range(80, 100):
-            part = objective(encoder, black_BNP, objective.plan(keys(num_clips, epoch=step))).parts["accuracy"]
+        for step in range(100, 120):
+            plan = objective.plan(keys(num_clips, epoch=step))
+            part = objective(encoder, black_BNP, plan).parts["accuracy"]
             correct += float(part.sum_B.sum())
             asked += float(part.count_B.sum())
     chance = 1 / (S - 1)
+    binomial_error = math.sqrt(chance * (1 - chance) / asked)
     assert asked == 20 * num_clips * S
-    assert abs(correct / asked - chance) < 4 * math.sqrt(chance * (1 - chance) / asked)
+    if leaks:
+        assert correct / asked > 0.5
+    else:
+        assert correct / asked < chance + 4 * binomial_error
 
 
 def test_the_loss_sends_no_gradient_into_the_decoder():

@@ -1,0 +1,61 @@
+"""Fixtures that many tests share: packed real clips and a tiny config over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    """The three bundled films."""
+    return ROOT / "configs" / "clips"
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """The bundled films as shards: two films to train on, one held out; small frames, labels by film. Read only."""
+    from shards.pack import PackOptions, pack
+
+    folder = tmp_path_factory.mktemp("packed")
+    listing = folder / "films.csv"
+    rows = [f"{film},{film.stem.split('_')[0]},{split_of(film)}" for film in sorted(clips.iterdir())]
+    listing.write_text("path,label,split\n" + "\n".join(rows) + "\n")
+    pack(listing, folder / "films", PackOptions(short_side=64, max_frames=32, stride=2, workers=2), None)
+    return folder / "films"
+
+
+def split_of(film: Path) -> str:
+    return "val" if film.name.startswith("sintel") else "train"
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path, packed: Path) -> Callable[..., Path]:
+    """tiny_config(name, **{"section.key": value}) writes a config that trains in seconds; runs go to tmp_path/NAME."""
+
+    def write(name: str = "run", **changes: Any) -> Path:
+        tree: dict[str, Any] = {
+            "run": {"dir": str(tmp_path / name), "seed": 3},
+            "data": {"shards": str(packed), "frames": 8, "stride": 2, "size": 32, "workers": 1},
+            "model": {"size": "nano"},
+            "objective": {"masked_frame": {"mask_ratio": 0.5}, "frame_order": {"mask_ratio": 0.5, "min_motion": 0}},
+            "train": {"steps": 6, "global_batch": 8, "micro_batch": 2, "precision": "bf16"},
+            "zero": {"stage": 2},
+            "optim": {"lr": 1e-3},
+            "checkpoint": {"every_steps": 2},
+            "track": {"log_every_steps": 1},
+        }
+        for key, value in changes.items():
+            section, _, name_ = key.partition(".")
+            tree.setdefault(section, {})[name_] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write

@@ -1,0 +1,76 @@
+"""Start the ranks of a run without a launcher, in a session of their own, so that a test can kill them all at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(program: Sequence[str], world: int, **extra: str) -> list[subprocess.Popen[str]]:
+    """`world` processes of `python PROGRAM…`, all in the process group of the first."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started: list[subprocess.Popen[str]] = []
+    for rank in range(world):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            **extra,
+        }
+        group = started[0].pid if started else 0
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *program],
+                env=environment,
+                cwd=ROOT,
+                process_group=group,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def train(config: Path, world: int, *arguments: str, program: Sequence[str] = ("-m", "pretrain.train")) -> list[str]:
+    """Run to the end; the output of each rank. Fails if a rank does not return 0."""
+    codes, outputs = finish(start([*program, str(config), *arguments], world))
+    assert codes == [0] * world, f"{codes}\n" + "\n".join(outputs)
+    return outputs
+
+
+def finish(ranks: Sequence[subprocess.Popen[str]], timeout_s: float = 180) -> tuple[list[int], list[str]]:
+    """Wait for all of them: return codes and outputs. One that fails takes the others with it, as a launcher would."""
+    outputs = []
+    for rank in ranks:
+        try:
+            outputs.append(rank.communicate(timeout=timeout_s)[0])
+        except subprocess.TimeoutExpired:
+            kill(ranks)
+            raise
+        if rank.returncode:
+            kill(ranks)
+    return [rank.returncode for rank in ranks], outputs
+
+
+def kill(ranks: Sequence[subprocess.Popen[str]]) -> None:
+    """SIGKILL to the whole process group, from outside."""
+    try:
+        os.killpg(ranks[0].pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

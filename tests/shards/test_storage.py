@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from shards import storage
+from shards.errors import UserError
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A memory file system under memory://, with 1,000 bytes in memory://box/a."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    filesystem: Any = fsspec.filesystem("memory")
+    filesystem.pipe("/box/a", bytes(range(250)) * 4)
+    yield filesystem
+    filesystem.rm("/box", recursive=True)
+
+
+def test_a_local_range(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    assert storage.read_range(str(tmp_path / "a"), 3, 4) == b"3456"
+    assert storage.read_range(f"file://{tmp_path}/a", 0, 10) == b"0123456789"
+    assert storage.read_range(str(tmp_path / "a"), 10, 0) == b""
+    with pytest.raises(storage.ShortReadError, match="ends at 10"):
+        storage.read_range(str(tmp_path / "a"), 8, 4)
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(str(tmp_path / "b"), 0, 1)
+
+
+def test_a_remote_range(remote: Any) -> None:
+    assert storage.read_range("memory://box/a", 2, 3) == bytes([2, 3, 4])
+    assert storage.read_bytes("memory://box/a") == bytes(range(250)) * 4
+    assert storage.size_and_tag("memory://box/a")[0] == 1000
+    assert storage.exists("memory://box/a")
+    assert not storage.exists("memory://box/b")
+
+
+def test_faults_are_tried_again_and_counted(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, faults = storage._call, [OSError("503 slow down"), TimeoutError(), OSError("connection reset")]
+
+    def flaky(*arguments: Any, **named: Any) -> Any:
+        if faults:
+            raise faults.pop(0)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(storage, "_call", flaky)
+    before = storage.counters.num_retries
+    assert storage.read_range("memory://box/a", 0, 2) == b"\x00\x01"
+    assert storage.counters.num_retries - before == 3
+
+
+def test_a_short_body_is_asked_for_again(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, cuts = storage._call, [1, 2]
+    monkeypatch.setattr(storage, "_call", lambda *a, **n: real(*a, **n)[: cuts.pop() if cuts else None])
+    assert storage.read_range("memory://box/a", 0, 5) == bytes(range(5))
+    assert not cuts
+
+
+def test_the_deadline_ends_it(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise OSError("503")
+
+    monkeypatch.setattr(storage, "_call", broken)
+    before = storage.counters.num_failures
+    start_s = time.monotonic()
+    with pytest.raises(OSError, match=r"gave up after 0\.3 s.*503"):
+        storage.read_range("memory://box/a", 0, 5, deadline_s=0.3)
+    assert time.monotonic() - start_s < 5
+    assert storage.counters.num_failures - before == 1
+
+
+def test_a_cut_object_stays_short(remote: Any) -> None:
+    with pytest.raises(storage.ShortReadError):
+        storage.read_range("memory://box/a", 995, 10, deadline_s=0.2)
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError("gone"), PermissionError("403"), TypeError("a bug of ours")])
+def test_what_no_patience_mends_is_raised_at_once(remote: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    calls: list[int] = []
+
+    def broken(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        raise fault
+
+    monkeypatch.setattr(storage, "_call", broken)
+    with pytest.raises(type(fault)):
+        storage.read_range("memory://box/a", 0, 5)
+    assert len(calls) == 1
+
+
+def test_an_unknown_protocol_is_the_users_matter() -> None:
+    with pytest.raises(UserError, match="nonsense://x"):
+        storage.read_range("nonsense://x", 0, 1)
+
+
+def test_an_atomic_write_leaves_the_old_file_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    storage.write_atomic(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            storage.write_atomic(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    storage.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_urls() -> None:
+    assert storage.join("s3://bucket/data/", "a.tar") == "s3://bucket/data/a.tar"
+    assert storage.parent("s3://bucket/data/manifest.json") == "s3://bucket/data"
+    assert storage.parent("manifest.json") == "."
+    assert storage.parent("/manifest.json") == "/"
+    assert storage.join("/", "a") == "/a"
+    assert storage.local_path("s3://b/a") is None
+    assert storage.local_path("file:///b/a") == Path("/b/a")

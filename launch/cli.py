@@ -46,7 +46,9 @@ def show(result: dict[str, Any], as_json: bool, *lines: str) -> None:
 
 @app.command()
 def pack(
-    src: Annotated[Path, typer.Argument(help="Folder of videos, or a manifest (CSV or JSONL: path,label,split,group).")],
+    src: Annotated[
+        Path, typer.Argument(help="Folder of videos, or a manifest (CSV or JSONL: path,label,split,group).")
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder to make, for example data/mine.")],
     preset: Annotated[
         Literal["train", "copy"], typer.Option(help="train: encode for fast clips. copy: keep the bytes.")
@@ -56,12 +58,13 @@ def pack(
     max_rate: Annotated[float, typer.Option(min=1, help="Frames per second at most.")] = 30.0,
     stride: Annotated[int, typer.Option(min=1, help="Training stride that decoding is made fast for.")] = 4,
     val_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Share held out where no split is given.")] = 0.1,
-    workers: Annotated[int | None, typer.Option(min=1, help="Files at a time. Default: all cores.")] = None,
+    min_frames: Annotated[int, typer.Option(min=2, help="Videos with fewer frames are rejected.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Files at a time. 0: all cores.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Videos -> shards that can be streamed: probe, encode, pack into WebDataset tars."""
     from launch.progress import packing_progress
-    from shards.pack import PackOptions, default_workers
+    from shards.pack import PackOptions
     from shards.pack import pack as pack_videos
 
     options = PackOptions(
@@ -71,12 +74,13 @@ def pack(
         max_rate=max_rate,
         stride=stride,
         val_fraction=val_fraction,
-        workers=workers or default_workers(),
+        min_frames=min_frames,
+        workers=workers,
     )
     with packing_progress(quiet=as_json) as progress:
         summary = pack_videos(src, dst, options, progress)
     show(
-        summary.to_json(),
+        {"folder": str(dst), "manifest": json.loads(summary.manifest.to_json()), "rejected": summary.rejected},
         as_json,
         *summary.lines(),
         f"next: tubelet pretrain configs/laptop.yaml data.shards={dst}",
@@ -171,12 +175,15 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: As
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder.")],
     dst: Annotated[Path, typer.Argument(help="Folder to make, for example runs/NAME/export.")],
+    biases: Annotated[
+        Literal["v5", "v4"], typer.Option(help="Names of the q and v biases: of transformers 5 or 4.")
+    ] = "v5",
     as_json: AsJson = False,
 ) -> None:
     """Checkpoint -> a folder that transformers opens; refuses to finish unless it computes what we compute."""
     from pretrain.export import export as export_run
 
-    result = export_run(run, dst)
+    result = export_run(run, dst, biases=biases)
     show(result.to_json(), as_json, *result.lines(), f"next: tubelet probe {dst} DATA")
 
 
@@ -186,12 +193,13 @@ def reconstruct(
     video: Annotated[Path, typer.Argument(help="A video.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.mp4", help="Video to write.")],
     seed: Annotated[int, typer.Option(help="Another seed hides other parts.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Original, masked and filled-in side by side as a video."""
     from pretrain.downstream.reconstruct import reconstruct as write_video
 
-    write_video(export_dir, video, out, seed=seed)
-    print(f"wrote {out}: original, masked, filled in")
+    result = write_video(export_dir, video, out, seed=seed)
+    show(result.to_json(), as_json, *result.lines())
 
 
 @app.command()

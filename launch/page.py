@@ -29,13 +29,13 @@ p { margin: 8px 0; color: var(--soft); } header p { font-size: 16px; margin: 0 0
 .tile.good b { color: var(--good); } .tile.fair b { color: var(--fair); } .tile.bad b { color: var(--bad); }
 .tile.good b, .tile.fair b, .tile.bad b { font-size: 19px; }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
-.card { padding: 14px 14px 6px; min-width: 0; }
+.card { padding: 14px 14px 6px; min-width: 0; display: flex; flex-direction: column; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; color: var(--soft); margin-bottom: 6px; }
 .legend b { color: var(--ink); font-variant-numeric: tabular-nums; font-weight: 600; }
 .legend i { display: inline-block; width: 16px; border-top: 3px solid var(--c); margin-right: 5px;
   vertical-align: 4px; }
 .legend i.dash { border-top: 2px dashed var(--c); }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg { display: block; width: 100%; height: auto; overflow: visible; margin-top: auto; }
 svg .grid { stroke: var(--grid); fill: none; }
 svg .tick { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }

@@ -109,12 +109,14 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, f
 
 def nice_ticks(low: float, high: float, num: int = 5) -> list[float]:
     """About `num` round values that enclose [low, high]."""
-    if high - low < 1e-12 * max(1.0, abs(high)):
-        low, high = low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
+    scale = max(abs(low), abs(high))
+    scale = scale if scale > 1e-30 else 1.0
+    if high - low < 1e-9 * scale:  # one value: give it room
+        low, high = low - 0.1 * scale, high + 0.1 * scale
     rough = (high - low) / (num - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     width = next(power * step for step in (1, 2, 2.5, 5, 10) if power * step >= rough * 0.999)
-    return [round(n * width, 12) for n in range(math.floor(low / width), math.ceil(high / width) + 1)]
+    return [float(f"{n * width:.12g}") for n in range(math.floor(low / width), math.ceil(high / width) + 1)]
 
 
 def step_ticks(first: float, last: float) -> list[float]:

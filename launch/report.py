@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from launch.page import PAGE
 from launch.plot import Curve, Format, number, percent, plot
-from pretrain.redact import without_secrets
-from pretrain.track import Row, read_config, read_metrics, read_rows
+from launch.run_folder import Attempt, Run, read_run
 from shards.errors import UserError
 from shards.storage import write_atomic
 
@@ -31,61 +29,14 @@ if TYPE_CHECKING:
 MAX_PICTURES = 8
 MAX_PICTURE_BYTES = 12 << 20
 MAX_ATTEMPTS = 16
-VERDICTS = {0: ("good", "exact"), 3: ("fair", "exact, exceptions listed"), 1: ("bad", "violated")}
+VERDICTS = {0: ("good", "exact"), 3: ("fair", "exact but for a list"), 1: ("bad", "violated")}
 OUTCOMES = {
     "finished": ("good", "finished"),
     "stopped": ("fair", "stopped on request"),
     "failed": ("bad", "failed"),
     "person": ("bad", "needs a person"),
-    "": ("fair", "no word: killed, or still at work"),
+    "": ("fair", "killed without a word, or still at work"),
 }
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of the run: where it went on, how far it got, how much of that counts, how it ended."""
-
-    number: int
-    world_size: int | None
-    time: float | None
-    start: int
-    end: int
-    kept: int
-    """Step where a later attempt took over (or `end`)."""
-    saves: tuple[int, ...]
-    outcome: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the run folder holds."""
-
-    folder: Path
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    rows: list[Row]
-    attempts: list[Attempt]
-    audit: AuditResult | None
-
-    def points(self, kind: str, name: str) -> list[tuple[float, float]]:
-        """(step, value) of the rows of one kind that have a number there."""
-        return [
-            (row["step"], row[name])
-            for row in self.rows
-            if row["kind"] == kind and isinstance(row.get(name), int | float)
-        ]
-
-    def last(self, kind: str, name: str) -> float | None:
-        """Newest value."""
-        points = self.points(kind, name)
-        return points[-1][1] if points else None
-
-    @property
-    def objectives(self) -> list[str]:
-        """Names of the objectives, as far as metrics mention them."""
-        names = [name for row in self.rows for name in row if name.startswith("loss/")]
-        return list(dict.fromkeys(name.removeprefix("loss/") for name in names))
 
 
 def report(run_dir: Path, audit: AuditResult | None = None) -> Path:
@@ -95,65 +46,16 @@ def report(run_dir: Path, audit: AuditResult | None = None) -> Path:
             f"{run_dir} is not a run folder (no config.yaml, metrics.jsonl or attempts in it); "
             "give the folder that run.dir named: for example runs/demo"
         )
-    run = read_run(run_dir, audit)
-    sections = [_learning(run), _pictures(run), _objectives(run), _reliability(run), _speed(run), _setup(run)]
+    run = read_run(run_dir)
+    sections = [_learning(run), _pictures(run), _objectives(run), _reliability(run, audit), _speed(run), _setup(run)]
     name = escape(run.folder.name)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    html = PAGE.format(title=name, lead=_lead(run), tiles="".join(_tiles(run)), body="".join(sections), made=made)
+    html = PAGE.format(
+        title=name, lead=_lead(run), tiles="".join(_tiles(run, audit)), body="".join(sections), made=made
+    )
     path = run_dir / "report.html"
     write_atomic(path, html.encode())
     return path
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_run(run_dir: Path, audit: AuditResult | None = None) -> Run:
-    """Everything the page shows, URLs bare."""
-    return Run(
-        folder=run_dir.resolve(),
-        config=without_secrets(read_config(run_dir)),
-        environment=without_secrets(_read_json(run_dir / "environment.json")),
-        rows=read_metrics(run_dir),
-        attempts=_read_attempts(run_dir),
-        audit=audit,
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return cast(dict[str, Any], content) if isinstance(content, dict) else {}
-
-
-def _read_attempts(run_dir: Path) -> list[Attempt]:
-    """From attempts/, and from the metrics how far each one got."""
-    rows = read_rows(run_dir)
-    started = {row["attempt"]: row["step"] for row in rows if row["kind"] == "start"}
-    numbers = {int(file.stem) for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()}
-    attempts: list[Attempt] = []
-    for n in sorted(numbers | {row["attempt"] for row in rows}):
-        begun = _read_json(run_dir / "attempts" / f"{n:04d}.json")
-        ended = _read_json(run_dir / "attempts" / f"{n:04d}.outcome.json")
-        steps = [row["step"] for row in rows if row["attempt"] == n] + [int(ended.get("step", 0))]
-        start = started.get(n, min(steps))
-        end = max(steps)
-        attempts.append(
-            Attempt(
-                number=n,
-                world_size=begun.get("world_size"),
-                time=begun.get("time"),
-                start=start,
-                end=max(start, end),
-                kept=min([step for later, step in started.items() if later > n], default=max(start, end)),
-                saves=tuple(row["step"] for row in rows if row["attempt"] == n and row["kind"] == "save"),
-                outcome=str(ended.get("outcome", "")),
-                reason=str(without_secrets(str(ended.get("reason", "")))),
-            )
-        )
-    return attempts
 
 
 # ---------------------------------------------------------------------------------------------- head
@@ -170,11 +72,11 @@ def _lead(run: Run) -> str:
     )
     if not run.attempts:
         return f"{escape(what)} It has not been started."
-    style, words = OUTCOMES.get(run.attempts[-1].outcome, ("fair", run.attempts[-1].outcome))
+    style, words = _ending(run.attempts[-1], is_newest=True)
     return f'{escape(what)} Last start: <b class="{style}">{escape(words)}</b>.'
 
 
-def _tiles(run: Run) -> Iterator[str]:
+def _tiles(run: Run, audit: AuditResult | None) -> Iterator[str]:
     steps = _section(run.config, "train").get("steps")
     done = max((row["step"] for row in run.rows), default=0)
     yield _tile("Steps", f"{done:,}", f"of {steps:,}" if isinstance(steps, int) else "")
@@ -200,9 +102,9 @@ def _tiles(run: Run) -> Iterator[str]:
         )
     saves = sum(row["kind"] == "save" for row in run.rows)
     yield _tile("Starts", str(len(run.attempts)), f"{saves} checkpoints")
-    if run.audit is not None:
-        style, words = VERDICTS[run.audit.exit_code]
-        yield _tile("Audit", words, f"{run.audit.counts.get('clips', 0):,} clips checked", style)
+    if audit is not None:
+        style, words = VERDICTS[audit.exit_code]
+        yield _tile("Audit", words, f"{audit.counts.get('clips', 0):,} clips checked", style)
 
 
 def _tile(name: str, value: str, beside: str = "", style: str = "") -> str:
@@ -291,13 +193,13 @@ def _speed(run: Run) -> str:
     return _group("How fast, and with what", cards, "No rate was logged yet.")
 
 
-def _reliability(run: Run) -> str:
+def _reliability(run: Run, audit: AuditResult | None) -> str:
     body = _timeline(run)
-    if run.audit is None:
+    if audit is None:
         body += "<p>No audit was made for this page.</p>"
     else:
-        style, _ = VERDICTS[run.audit.exit_code]
-        body += f'<pre class="audit {style}">{escape(chr(10).join(run.audit.lines))}</pre>'
+        style, _ = VERDICTS[audit.exit_code]
+        body += f'<pre class="audit {style}">{escape(chr(10).join(audit.lines))}</pre>'
     return f"<section><h2>Can it be trusted?</h2>{body}</section>"
 
 
@@ -312,7 +214,7 @@ def _timeline(run: Run) -> str:
         kept = max(attempt.start, min(attempt.kept, attempt.end))
         bars = _bar("kept", attempt.start, kept, last) + _bar("redone", kept, attempt.end, last)
         bars += "".join(f'<i class="save" style="left:{100 * step / last:.2f}%"></i>' for step in attempt.saves)
-        style, words = OUTCOMES.get(attempt.outcome, ("fair", attempt.outcome))
+        style, words = _ending(attempt, is_newest=attempt is run.attempts[-1])
         when = "" if attempt.time is None else f"{datetime.fromtimestamp(attempt.time, UTC):%b %d %H:%M} · "
         ranks = "" if attempt.world_size is None else f"{attempt.world_size} ranks · "
         redone = f" · {attempt.end - kept} steps done again" if attempt.end > kept else ""
@@ -327,6 +229,13 @@ def _timeline(run: Run) -> str:
     meanings = (("kept", "counts"), ("redone", "done again later"), ("save", "checkpoint"))
     key = "".join(f'<i class="{style}"></i>{words}' for style, words in meanings)
     return f'{earlier}<ol class="timeline">{"".join(rows)}</ol><p class="key">{key}</p>'
+
+
+def _ending(attempt: Attempt, *, is_newest: bool) -> tuple[str, str]:
+    """Style and words for how an attempt ended; only the newest can still be at work."""
+    if not attempt.outcome and not is_newest:
+        return "fair", "killed without a word"
+    return OUTCOMES.get(attempt.outcome, ("fair", attempt.outcome))
 
 
 def _bar(style: str, begin: int, end: int, last: int) -> str:
@@ -367,7 +276,9 @@ def _card(title: str, curves: Sequence[Curve], form: Format = number, *, from_ze
 
 
 def _bytes(value: float) -> str:
-    return f"{number(value)}B"
+    text = number(value)
+    digits = text.rstrip("kMGT")
+    return f"{digits}\N{NO-BREAK SPACE}{text[len(digits) :]}B"
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,29 +1,65 @@
-"""Small decisions that all ranks take together, over a gloo group of their own that no device waits for."""
+"""What ranks tell each other beside gradients: sums for the log, small decisions. Owner of torch.distributed.
+
+Decisions go over a gloo group of their own, which no device waits for.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed as dist
+import torch.distributed
+from torch import Tensor
+
+_dist: Any = torch.distributed  # its signatures are only half typed
 
 
 class Agreement:
     """A side channel between the ranks for single whole numbers. Every method is a collective."""
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+        self._group = _dist.new_group(backend="gloo")
 
     def from_first(self, value: int) -> int:
         """Rank 0's value, on every rank."""
         tensor = torch.tensor([value], dtype=torch.int64)
-        dist.broadcast(tensor, src=0, group=self.group)
+        _dist.broadcast(tensor, src=0, group=self._group)
         return int(tensor.item())
 
     def all_true(self, value: bool) -> bool:
         """Whether it is true on every rank."""
         tensor = torch.tensor([int(value)], dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, self.group)
+        _dist.all_reduce(tensor, _dist.ReduceOp.MIN, self._group)
         return bool(tensor.item())
+
+    def start_maximum(self, value: int) -> PendingMaximum:
+        """Begin to find the largest value of all ranks, without waiting for it."""
+        tensor = torch.tensor([value], dtype=torch.int64)
+        return PendingMaximum(tensor, _dist.all_reduce(tensor, _dist.ReduceOp.MAX, self._group, async_op=True))
 
     def wait(self) -> None:
         """Until every rank is here."""
-        dist.barrier(self.group)
+        _dist.barrier(self._group)
+
+
+class PendingMaximum:
+    """The largest value of all ranks, once it is known."""
+
+    def __init__(self, tensor: Tensor, work: Any) -> None:
+        self._tensor, self._work = tensor, work
+
+    def result(self) -> int:
+        """Wait for it."""
+        self._work.wait()
+        return int(self._tensor.item())
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replace a tensor on the compute device by its sum over all ranks."""
+    _dist.all_reduce(tensor)
+
+
+def leave_ranks() -> None:
+    """Barrier and close: a rank that exits while another still talks to it can abort."""
+    _dist.barrier()
+    _dist.destroy_process_group()

@@ -69,12 +69,11 @@ class ClipBatch:
         return int((self.sample_B >= 0).sum())
 
     def to(self, device: torch.device | str) -> ClipBatch:
-        """Copy what the model computes with to `device`; the bookkeeping stays on the CPU."""
+        """Copy what is computed with to `device`. Sizes, colour bits and bookkeeping stay where the host reads them."""
         return dataclasses.replace(
             self,
             planes_BTN=self.planes_BTN.to(device, non_blocking=True),
             crop_B4=self.crop_B4.to(device, non_blocking=True),
             flip_B=self.flip_B.to(device, non_blocking=True),
-            color_B=self.color_B.to(device, non_blocking=True),
             weight_B=self.weight_B.to(device, non_blocking=True),
         )

@@ -65,7 +65,6 @@ folder = "."
 norm = VideoMAEModel.from_pretrained(folder).layernorm
 model = VideoMAEForVideoClassification.from_pretrained(folder, use_mean_pooling=True, num_labels=2)
 model.fc_norm.load_state_dict(norm.state_dict())
-model.fc_norm.eps = norm.eps
 ```
 """
 
@@ -195,7 +194,7 @@ def _checked(differences: Mapping[str, float], bias_names: str) -> str:
         + "\n".join(lines)
         + f"\n\nThe biases of queries and values are called {spelling}. transformers 4 reads only `q_bias`, `v_bias`; "
         "early versions of 5 read only `query.bias`, `value.bias`; 5.23 reads both. "
-        "`pretrain.export.export(RUN, FOLDER, biases=\"v4\")` writes the old spelling.\n"
+        '`pretrain.export.export(RUN, FOLDER, biases="v4")` writes the old spelling.\n'
     )
 
 

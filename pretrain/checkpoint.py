@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  # half typed there
 from torch import Tensor
 
 from pretrain.ledger import LineageHead, Segment

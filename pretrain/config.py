@@ -281,29 +281,38 @@ class Config(Section):
             )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read YAML, apply `section.key=value` overrides, validate. Raises `UserError` listing every problem found."""
-    file = Path(path)
-    try:
-        text = file.read_text()
-    except OSError as error:
-        raise UserError(f"config {file} cannot be read ({error.strerror}); give the path of a YAML file") from error
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
-    raw = cast(dict[str, Any], loaded if loaded is not None else {})
-    if not isinstance(loaded, dict | None):
-        raise UserError(f"config {file} holds {type(loaded).__name__}; it must hold sections (run:, data:, …)")
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read YAML, apply `section.key=value` overrides, validate. Raises `UserError` listing every problem found.
+
+    Without a file the overrides must say everything that has no default, `run.dir` included.
+    """
+    raw = {} if path is None else _read_yaml(Path(path))
     problems = [problem for text in overrides for problem in _apply(raw, text)]
     run = raw.setdefault("run", {})
-    if isinstance(run, dict):
-        cast(dict[str, Any], run).setdefault("dir", f"runs/{file.stem}")
+    if path is not None and isinstance(run, dict):
+        cast(dict[str, Any], run).setdefault("dir", f"runs/{Path(path).stem}")
     config, found = parse(raw)
     problems += found
     if problems or config is None:
         raise UserError("\n".join(problems))
     return config
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"config {file} cannot be read ({reason}); give the path of a YAML file") from error
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"config {file} holds a {type(loaded).__name__}; it must hold sections (run:, data:, …)")
+    return cast(dict[str, Any], loaded)
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
@@ -345,13 +354,19 @@ def _sentence(raw: Mapping[str, Any], item: dict[str, Any]) -> str:
                 f"{key} is set; accumulation is derived as global_batch / (micro_batch x ranks): "
                 "set train.global_batch and train.micro_batch instead"
             )
-        near = difflib.get_close_matches(key, list(keys()), n=1, cutoff=0.0)
-        return f"{key} is not a key; the nearest is {near[0]}: use that, or `tubelet config` to list every key"
+        return f"{key} is not a key; the nearest is {_nearest(key)}: use that, or `tubelet config` to list every key"
     if item["type"] == "missing":
         return f"{key} is missing; it has no default: set it in the YAML file or as {key}=VALUE"
     value = item.get("input")
     rule = str(item["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key} is {value!r}; it must be {rule}: {help_text(key) or 'see `tubelet config`'}"
+
+
+def _nearest(key: str) -> str:
+    """Among the keys and sections of the same depth, the one spelt most like it."""
+    depth = key.count(".") + 1
+    names = {".".join(name.split(".")[:depth]) for name in keys() if name.count(".") + 1 >= depth}
+    return difflib.get_close_matches(key, sorted(names) or list(keys()), n=1, cutoff=0.0)[0]
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -31,13 +31,17 @@ class Console:
         fillers = train.micro_batch * num_micro_steps * world.size - batch
         positions = train.steps * batch // config.data.clips_per_video
         self.say(f"run      {config.run.dir}, attempt {attempt}, from step {start} to {train.steps}")
-        self.say(f"model    {config.model.size}, {config.data.frames} frames of {config.data.size} x {config.data.size}")
+        self.say(
+            f"model    {config.model.size}, {config.data.frames} frames of {config.data.size} x {config.data.size}"
+        )
         self.say(
             f"batch    {batch} clips = {train.micro_batch} a micro batch x {world.size} ranks x {num_micro_steps} accumulated"
             + (f" (with {fillers} blank fillers of weight 0)" if fillers else "")
         )
         self.say(f"data     {num_samples:,} samples; this run takes {positions / num_samples:.2f} epochs")
-        self.say(f"states   ZeRO stage {config.zero.stage}{', offloaded' if config.zero.offload else ''}, {train.precision}")
+        self.say(
+            f"states   ZeRO stage {config.zero.stage}{', offloaded' if config.zero.offload else ''}, {train.precision}"
+        )
 
     def step(self, done: int, last: int, row: Mapping[str, Any]) -> None:
         """One log step: loss, learning rate, speed, time left."""
@@ -56,9 +60,13 @@ class Console:
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """The held-out loss beside what trivial predictors lose on the same tokens."""
-        loss, zero, copy = (row.get(f"{name}") for name in ("loss/masked_frame", "masked_frame/zero", "masked_frame/copy"))
+        loss, zero, copy = (
+            row.get(f"{name}") for name in ("loss/masked_frame", "masked_frame/zero", "masked_frame/copy")
+        )
         if loss is not None and zero and copy:
-            self.say(f"  held-out masked loss {loss:.4f}: {loss / zero:.3f} of predicting zero, {loss / copy:.3f} of copying")
+            self.say(
+                f"  held-out masked loss {loss:.4f}: {loss / zero:.3f} of predicting zero, {loss / copy:.3f} of copying"
+            )
         accuracy, chance = row.get("frame_order/accuracy"), row.get("frame_order/chance")
         if accuracy is not None and chance is not None:
             self.say(f"  held-out frame order {accuracy:.1%} right (chance {chance:.1%})")

@@ -16,9 +16,9 @@ from datetime import timedelta
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.agree import sum_over_ranks
 from pretrain.batch import ClipBatch
 from pretrain.config import TrainConfig, ZeroConfig
 from pretrain.data.augment import to_model_input
@@ -80,12 +80,6 @@ def join_ranks(world: World, timeout_s: float) -> torch.device:
     return torch.device("cpu")
 
 
-def leave_ranks() -> None:
-    """Barrier and close: a rank that exits while another still talks to it can abort."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -98,7 +92,7 @@ def _deepspeed() -> Any:
     from deepspeed.utils import logger
 
     cast(Any, deepspeed).ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cast(logging.Logger, logger).setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING)
     return cast(Any, deepspeed)
 
 
@@ -150,7 +144,11 @@ class Engine:
         self._autocast = train.precision == "bf16" and zero.stage == 0
         self._whole_norm: Tensor | None = None
         if zero.stage == 0:
-            optimizer.register_step_pre_hook(lambda *_: self._clip_whole(train.clip_norm))
+
+            def clip(*_: Any) -> None:
+                self._clip_whole(train.clip_norm)
+
+            optimizer.register_step_pre_hook(clip)
         settings = deepspeed_config(
             train,
             zero,
@@ -231,9 +229,9 @@ class Engine:
         """The report's means over all ranks: a collective, for log steps only. A part nobody counted is left out."""
         names = list(report.sums)
         sums_K2 = torch.stack([report.sums[name] for name in names])
-        dist.all_reduce(sums_K2)
-        pairs = cast(list[list[float]], sums_K2.cpu().tolist())
-        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        sum_over_ranks(sums_K2)
+        sums = dict(zip(names, sums_K2.cpu().numpy(), strict=True))
+        return {name: float(total / count) for name, (total, count) in sums.items() if count}
 
     def grad_norm(self) -> float | None:
         """Norm of the whole gradient of the last step, before clipping."""

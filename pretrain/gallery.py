@@ -40,7 +40,7 @@ def draw(found: Checkpoint, config: Config, batch: ClipBatch, folder: Path, name
     pictures = fill_in(model.encoder, objective.decoder, frames_BCTHW, plan["visible_BV"], plan["masked_BM"])
     captions = [
         f"weights of step {found.facts.step}, position {position}, sample {sample}"
-        for position, sample in zip(batch.position_B.tolist(), batch.sample_B.tolist(), strict=True)
+        for position, sample in zip(batch.position_B.numpy(), batch.sample_B.numpy(), strict=True)
     ]
     return write_pictures(pictures, folder, name=name, captions=captions)
 

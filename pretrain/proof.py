@@ -24,10 +24,9 @@ from pretrain import names
 from pretrain.batch import COLOR_RGB24
 from pretrain.config import MaskedFrameConfig
 from pretrain.data.decode import Frames
-from pretrain.downstream.pictures import predict
 from pretrain.downstream.view import middle_crops
 from pretrain.load import Geometry, encode
-from pretrain.model.embed import patchify
+from pretrain.model.embed import patchify, take
 from pretrain.model.vit import Encoder
 from pretrain.objective import ClipKeys
 from pretrain.objective.masked_frame import MaskedFrame
@@ -130,10 +129,11 @@ def _compare_losses(
     objective.decoder.load_state_dict(_part(state, names.DECODER))
     numbers_B = torch.arange(NUM_CLIPS)
     plan = objective.plan(ClipKeys(0, torch.zeros_like(numbers_B), numbers_B, torch.zeros_like(numbers_B)))
-    loss = objective(encoder, patchify(ours_BCTHW), plan).value_B.mean()
+    patches_BNP, visible_BV = patchify(ours_BCTHW), plan["visible_BV"]
+    predicted_BMP = objective.decoder(encoder(take(patches_BNP, visible_BV), visible_BV), visible_BV, plan["masked_BM"])
+    loss = objective(encoder, patches_BNP, plan).value_B.mean()
     hidden_BN = torch.zeros(NUM_CLIPS, geometry.grid.num_tokens, dtype=torch.bool)
     hidden_BN.scatter_(1, plan["masked_BM"], True)
-    predicted_BMP = predict(encoder, objective.decoder, ours_BCTHW, plan["visible_BV"], plan["masked_BM"])
     output = theirs(theirs_BTCHW, bool_masked_pos=hidden_BN)
     return {"predictions": _difference(predicted_BMP, output.logits), "loss": _difference(loss, output.loss)}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +16,8 @@ from pretrain.config import Config, differences, parse
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine
 from pretrain.ledger import Ledger, LineageHead, commit_lineage
+from pretrain.load import load_state
+from pretrain.redact import without_secrets
 from pretrain.world import World
 from shards.errors import UserError
 
@@ -87,7 +87,7 @@ class Recovery:
             optimizer_steps=self.engine.optimizer_steps,
             attempt=self.attempt,
             cursor=self.loader.state_dict(),
-            config=self.config.model_dump(mode="json"),
+            config=without_secrets(self.config.model_dump(mode="json")),
             shapes={name: list(shape) for name, shape in shapes.items()},
             versions=self.versions,
             changes=list(self.changes),
@@ -137,21 +137,24 @@ class Recovery:
         return recorded
 
 
-def load_initial(model: torch.nn.Module, read: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]) -> list[str]:
-    """Weights for a new run (`train.init_from`). Returns the names that keep their random start (new heads).
+def load_initial(model: torch.nn.Module, path: Path) -> list[str]:
+    """Weights for a new run from a run folder, a checkpoint or an export (`train.init_from`).
 
-    Raises `UserError` where a weight has another shape than the model's.
+    Returns the names that keep their random start (new heads). Raises `UserError` where a weight has another shape
+    than the model's, or none fits.
     """
-    tensors, _ = read()
+    tensors = load_state(path) if (path / "config.json").is_file() else checkpoint.load_parameters(path)[0]
     wanted = dict(model.named_parameters())
     wrong = [
-        f"{name} has shape {list(tensors[name].shape)}, the model's is {list(p.shape)}"
-        for name, p in wanted.items()
-        if name in tensors and tensors[name].shape != p.shape
+        f"{name} has shape {list(tensors[name].shape)}, the model's is {list(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in tensors and tensors[name].shape != parameter.shape
     ]
     if wrong:
-        raise UserError(f"train.init_from does not fit this model: {wrong[0]} (and {len(wrong) - 1} more)")
+        raise UserError(
+            f"train.init_from is {path}; it must fit model.size and data: {wrong[0]} (and {len(wrong) - 1} more)"
+        )
     if not any(name in tensors for name in wanted):
-        raise UserError("train.init_from has no weight of this model: check the folder and model.size")
+        raise UserError(f"train.init_from is {path}; it has no weight of this model: check the folder and model.size")
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in wanted}, strict=False)
     return [name for name in wanted if name not in tensors]

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import yaml
 
-from pretrain.agree import Agreement
+from pretrain.agree import Agreement, leave_ranks
 from pretrain.attempt import Outcome, record_outcome, take_attempt
-from pretrain.checkpoint import candidates, load_parameters, newest
+from pretrain.checkpoint import candidates, newest
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
-from pretrain.engine import Engine, join_ranks, leave_ranks
+from pretrain.engine import Engine, join_ranks
 from pretrain.evaluation import Evaluation
 from pretrain.gallery import draw_held_out
 from pretrain.ledger import Journal, Ledger
@@ -28,6 +28,7 @@ from pretrain.meter import Meter
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
 from pretrain.recovery import Recovery, load_initial
+from pretrain.redact import without_secrets
 from pretrain.stop import StopAgreement, watch_parents
 from pretrain.track import Tracker
 from pretrain.train import Trainer
@@ -37,7 +38,7 @@ from shards.storage import write_atomic
 
 log = logging.getLogger(__name__)
 
-RECORDED_PACKAGES = ("tubelet", "torch", "deepspeed", "numpy", "av", "decord2", "webdataset", "transformers", "safetensors")
+RECORDED_PACKAGES = ("tubelet", "torch", "deepspeed", "numpy", "av", "decord2", "webdataset", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     )
     resumes = bool(rank.agreement.from_first(len(candidates(rank.run_dir))))
     if train.init_from is not None and not resumes:
-        fresh = load_initial(model, lambda: load_parameters(Path(str(train.init_from))))
+        fresh = load_initial(model, Path(train.init_from))
         rank.console.say(f"weights from {train.init_from}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     meter = Meter(
         model.flops(),
@@ -141,18 +142,21 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     )
     optimizer = build_optimizer(model, config.optim)
     engine = Engine(
-        model, optimizer, train=train, zero=config.zero, world=world, device=device, size=data.size, seed=config.run.seed
+        model,
+        optimizer,
+        train=train,
+        zero=config.zero,
+        world=world,
+        device=device,
+        size=data.size,
+        seed=config.run.seed,
     )
     ledger = Ledger(rank.run_dir / "ledger", rank.attempt, world.rank)
-    recovery = Recovery(
-        rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions()
-    )
+    recovery = Recovery(rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions())
     start = recovery.resume(allow_change=allow_change)
     evaluation = None
     if config.eval.every_steps:
-        evaluation = Evaluation(
-            data, config.eval, micro_batch=train.micro_batch, seed=config.run.seed, world=world
-        )
+        evaluation = Evaluation(data, config.eval, micro_batch=train.micro_batch, seed=config.run.seed, world=world)
     tracker = Tracker(rank.run_dir, rank.attempt, config.track, is_first=world.is_first, resumed_from=start)
     stop = StopAgreement(rank.run_dir, world, rank.agreement)
     rank.console.start(config, world, engine.num_micro_steps, loader.num_samples, start, rank.attempt)
@@ -176,7 +180,7 @@ def _make_run_folder(run_dir: Path, config: Config) -> None:
         run_dir.chmod(0o700)
         for name in ("logs", "ledger", "journal", "attempts", "checkpoints", "pictures"):
             (run_dir / name).mkdir(exist_ok=True)
-        settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False)
         write_atomic(run_dir / "config.yaml", settings.encode())
         write_atomic(run_dir / "environment.json", json.dumps(_environment(), indent=1).encode() + b"\n")
     except OSError as error:
@@ -220,6 +224,6 @@ def _be_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # would write gigabytes of unused buckets
+        deterministic: Any = torch.utils.deterministic
+        deterministic.fill_uninitialized_memory = False  # would write gigabytes of unused buckets
         torch.backends.cudnn.benchmark = False
-

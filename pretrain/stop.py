@@ -17,9 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import torch
-import torch.distributed as dist
-
 from pretrain.agree import Agreement
 from pretrain.world import World
 
@@ -41,9 +38,8 @@ class StopAgreement:
         self._file = run_dir / "STOP"
         self._world = world
         self._flag = Stop.NO
-        self._group = agreement.group
-        self._result = torch.zeros(1, dtype=torch.int64)
-        self._pending = dist.all_reduce(self._result, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._agreement = agreement
+        self._pending = agreement.start_maximum(Stop.NO)
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -54,20 +50,15 @@ class StopAgreement:
 
     def agree(self) -> Stop:
         """What all ranks knew one step ago; starts the next round. Call once per step on every rank."""
-        if self._pending is not None:
-            self._pending.wait()
-        decision = Stop(int(self._result.item()))
+        decision = Stop(self._pending.result())
         if self._world.is_first and self._file.exists():
             self._flag = Stop.FILE
-        self._result.fill_(self._flag)
-        self._pending = dist.all_reduce(self._result, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._pending = self._agreement.start_maximum(self._flag)
         return decision
 
     def close(self) -> None:
         """Finish the round under way, so that no rank leaves while another waits for it."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        self._pending.result()
 
     def honoured(self) -> None:
         """The STOP file did its work: remove it, so that the same command goes on."""

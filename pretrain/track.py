@@ -53,9 +53,9 @@ class Tracker:
         self._pending: list[Row] = []
         self._wandb = _Wandb(run_dir, settings) if is_first and settings.wandb != "off" else None
         if self._wandb is not None:
-            self._pending = [row for row in read_metrics(run_dir) if row["kind"] != "start"]
-            self._pending = [row for row in self._pending if row["step"] > self._wandb.published_step]
             self._wandb.open()
+            rows = [row for row in read_metrics(run_dir) if row["kind"] != "start"]
+            self._pending = [row for row in rows if row["step"] > self._wandb.sent_step]
             self.publish(resumed_from)
             self._pending = []  # beyond the checkpoint: will be measured again
 
@@ -159,11 +159,18 @@ def _plain(row: Row) -> Row:
 
 
 @dataclass(frozen=True)
-class _Published:
-    """What the run folder remembers about its wandb run (wandb/tubelet.json)."""
+class _State:
+    """What the run folder remembers of its wandb run (wandb/tubelet.json).
+
+    wandb keeps what it was sent in memory for minutes. Only after a clean end is it surely in its file, so only then
+    does `step` move on; the file of an attempt that was killed is set aside, and the next attempt sends its rows again.
+    """
 
     run_id: str
-    step: int
+    step: int = 0
+    """Steps whose rows are surely with wandb."""
+    open: str | None = None
+    """Folder of the attempt that did not end cleanly (or is at work)."""
 
 
 class _Wandb:
@@ -175,14 +182,11 @@ class _Wandb:
         self._state_file = run_dir / "wandb" / "tubelet.json"
         self._run: Any = None
         try:
-            self._state = _Published(**json.loads(self._state_file.read_bytes()))
+            self._state = _State(**json.loads(self._state_file.read_bytes()))
         except (OSError, ValueError, TypeError):
-            self._state = _Published(secrets.token_hex(4), 0)
-
-    @property
-    def published_step(self) -> int:
-        """Steps that wandb has."""
-        return self._state.step
+            self._state = _State(secrets.token_hex(4))
+        self.sent_step = self._state.step
+        """Steps whose rows need not be sent again."""
 
     def open(self) -> None:
         """Start or go on with the run. Without a key, or where the server does not answer, it is kept offline."""
@@ -192,11 +196,21 @@ class _Wandb:
             is_online = False
         for mode in ("online", "offline") if is_online else ("offline",):
             try:
+                self._set_aside()
                 self._run = self._init(mode)
-                self._remember(self._state)
+                if mode == "online":  # the server knows how far it got
+                    self.sent_step = max(self.sent_step, int(self._run.starting_step) - 1)
+                self._remember(self._state.step, Path(self._run.dir).parent.name)
                 return
             except Exception as error:  # whatever a vendor's client raises, training goes on
+                self._run = None
                 self._failed(error)
+
+    def _set_aside(self) -> None:
+        """Keep `wandb sync` from the half-written file of a killed attempt; all its rows are sent again."""
+        folder = self._state_file.parent / (self._state.open or "")
+        if self._state.open and self._state.open.startswith("offline-run-") and folder.is_dir():
+            folder.rename(folder.with_name(f"abandoned-{folder.name}"))
 
     def _init(self, mode: str) -> Any:
         import wandb
@@ -234,7 +248,7 @@ class _Wandb:
 
     def send(self, rows: list[Row], up_to_step: int) -> None:
         """One history point per step: train values by name, others as kind/name."""
-        if self._run is None or up_to_step <= self._state.step:
+        if self._run is None or up_to_step <= self.sent_step:
             return
         points: dict[int, Row] = {}
         for row in sorted(rows, key=lambda row: row["step"]):
@@ -244,13 +258,13 @@ class _Wandb:
         try:
             for step, point in points.items():
                 self._run.log(point, step=step)
-            self._remember(_Published(self._state.run_id, up_to_step))
+            self.sent_step = up_to_step
         except Exception as error:
             self._run = None
             self._failed(error)
 
     def close(self) -> None:
-        """Wait for the client to finish, but not for ever."""
+        """Wait until wandb has written what it was sent, but not for ever; then remember it."""
         if self._run is not None:
             thread = threading.Thread(target=self._finish, name="wandb finish", daemon=True)
             thread.start()
@@ -263,13 +277,17 @@ class _Wandb:
 
     def _finish(self) -> None:
         try:
+            import wandb
+
             self._run.finish()
+            wandb.teardown()  # finish alone returns before the file is closed
+            self._remember(self.sent_step, None)
         except Exception as error:
             self._failed(error)
 
-    def _remember(self, state: _Published) -> None:
-        write_atomic(self._state_file, json.dumps(asdict(state)).encode() + b"\n")
-        self._state = state
+    def _remember(self, step: int, folder: str | None) -> None:
+        self._state = _State(self._state.run_id, step, folder)
+        write_atomic(self._state_file, json.dumps(asdict(self._state)).encode() + b"\n")
 
     def _failed(self, error: BaseException) -> None:
         if not self.num_failures:

@@ -118,7 +118,7 @@ class Trainer:
 
     def not_finite(self, step: int, report: StepReport) -> UserError:
         """A loss or gradient that is no number. Names the samples this rank took."""
-        samples = sorted({int(s) for batch in report.batches for s in batch.sample_B.tolist() if s >= 0})
+        samples = sorted({int(sample) for batch in report.batches for sample in batch.sample_B.numpy() if sample >= 0})
         return UserError(
             f"step {step} gave a loss or gradient that is not finite (samples on this rank: {samples[:20]}): "
             "lower optim.lr, set train.clip_norm, or use train.precision=fp32; the last checkpoint is untouched"

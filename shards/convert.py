@@ -281,7 +281,8 @@ def main() -> None:
     while True:
         job = Job.from_json(lines.get())
         if not limited:
-            resource.setrlimit(resource.RLIMIT_AS, (job.limits.memory_bytes, job.limits.memory_bytes))
+            most_bytes = _address_space_bytes() + job.limits.memory_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             limited = True
         outcome = run_job(job, _renewer(job.limits.stall_cpu_s))
@@ -291,6 +292,12 @@ def main() -> None:
             outcome = Outcome(reason="unwritable", detail=str(error))
         answers.write(outcome.to_json() + "\n")
         answers.flush()
+
+
+def _address_space_bytes() -> int:
+    """What the child with its libraries takes before it has opened a file."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
 
 
 def _read_lines(lines: queue.SimpleQueue[str]) -> None:

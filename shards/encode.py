@@ -5,8 +5,8 @@ B frames that nothing refers to), in closed groups whose length is a multiple of
 non-reference frames touches a quarter of the frames at stride 4 and still gets bit-identical pictures. Whether that
 came true is checked on the bytes written (`grid`), not assumed. One encoder thread: x264 writes other bytes with two.
 
-Frames are written evenly spaced at the sample's mean rate, as 8-bit BT.601 or BT.709 4:2:0 in limited range, with tags,
-rotation and pixel aspect applied, even sizes.
+Frames are written evenly spaced at the rate usual in the sample, as 8-bit BT.601 or BT.709 4:2:0 in limited range, with
+tags, rotation and pixel aspect applied, even sizes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ CRF = 23
 LONGEST_GOP = 64
 MOST_B_FRAMES = 7
 RATE_SNAP = 0.02
+NEAT_TOLERANCE = 2e-4
 LUMA_BLOCK = 8
 SWS_SPACE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 """AVColorSpace tag -> swscale's name for the matrix."""
@@ -311,23 +312,32 @@ def _is_tagged(value: int) -> bool:
 
 
 def _file_rate(times_s: list[float], nominal_rate: float) -> Fraction:
-    """Frames/s of the kept frames: the container's rate over a whole number where that fits, else the mean."""
-    mean = _mean_rate(times_s)
+    """Frames/s of the kept frames: the container's rate over a whole number where that fits, else as measured."""
+    rate = _typical_rate(times_s)
     if nominal_rate > 0:
-        snapped = nominal_rate / max(1, round(nominal_rate / mean))
-        if abs(snapped - mean) <= RATE_SNAP * mean:
-            mean = snapped
-    return Fraction(mean).limit_denominator(1001)
+        snapped = nominal_rate / max(1, round(nominal_rate / rate))
+        if abs(snapped - rate) <= RATE_SNAP * rate:
+            rate = snapped
+    return _neat(rate)
 
 
 def _piece_rate(times_s: list[float], file_rate: Fraction) -> Fraction:
     """Frames/s of one piece: the file's rate unless the piece is really slower or faster (variable rate)."""
-    mean = _mean_rate(times_s)
-    if abs(mean - float(file_rate)) <= RATE_SNAP * mean:
-        return file_rate
-    return Fraction(mean).limit_denominator(1001)
+    rate = _typical_rate(times_s)
+    return file_rate if abs(rate - float(file_rate)) <= RATE_SNAP * rate else _neat(rate)
 
 
-def _mean_rate(times_s: list[float]) -> float:
-    duration_s = times_s[-1] - times_s[0]
-    return (len(times_s) - 1) / duration_s if duration_s > 0 else 1.0
+def _neat(rate: float) -> Fraction:
+    """The whole or NTSC rate (30000/1001) that a measured one means, if it is close to one."""
+    for base in (Fraction(1), Fraction(1000, 1001)):
+        if abs(round(rate / base) * base - rate) < NEAT_TOLERANCE * rate:
+            return round(rate / base) * base
+    return Fraction(rate).limit_denominator(1001)
+
+
+def _typical_rate(times_s: list[float]) -> float:
+    """Frames/s over the usual distance between frames: a hole in the film does not count, jitter averages out."""
+    gaps_s = np.diff(times_s)
+    median_s = float(np.median(gaps_s))
+    usual_s = float(gaps_s[np.abs(gaps_s - median_s) <= median_s / 2].mean())
+    return 1 / usual_s

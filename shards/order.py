@@ -64,8 +64,8 @@ def substitute(seed: int, num_samples: int, position: int, attempt: int) -> int:
     """Name the sample to take at `position` instead of its own when that one fails.
 
     Attempts 0, 1, ... N-2 name every other sample exactly once, never the failing one (with N = 1 there is no
-    other, and sample 0 comes back). The candidates of different positions are unrelated, so that a bad stretch is not replaced by
-    one and the same sample.
+    other, and sample 0 comes back). The candidates of different positions are unrelated, so that a bad stretch
+    is not replaced by one and the same sample.
     """
     if num_samples == 1:
         return 0

@@ -53,7 +53,7 @@ class Limits:
     max_frames: int = 3_000_000
     max_streams: int = 32
     memory_bytes: int = 4 << 30
-    """Address space of the child process."""
+    """Address space of the child process, beyond what it has before it opens a file."""
     stall_cpu_s: int = 60
     """CPU seconds without a further frame before the child is ended."""
 

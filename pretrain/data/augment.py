@@ -5,7 +5,7 @@ own resolutions: matrix products are what both CPUs and GPUs are best at, and 4:
 The filter is the triangle of PIL and torchvision with antialias (its support grows when shrinking). Colour
 conversion commutes with it and is done last, on the few pixels that are left.
 
-Legend: B clips, C channels (3), T frames, H W pixels of the result, I rows and J columns of a source plane.
+Legend: B clips, C channels, T frames, H W pixels of the result, I rows and J columns of a source plane, X = T H W.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ def to_model_input(batch: ClipBatch, size: int) -> Tensor:
     num_clips, num_frames, _ = batch.planes_BTN.shape
     frames_BCTHW = torch.empty((num_clips, 3, num_frames, size, size), device=device)
     crop_B4, flip_B = batch.crop_B4.to(device), batch.flip_B.to(device)
-    colour_B34 = _colour_matrices(device)[batch.color_B.to(device, torch.int64)]
-    # Shapes of planes must be known on the host: these never left it.
-    is_rgb_B = (batch.color_B.cpu() & COLOR_RGB24).bool()
+    # Shapes of planes must be known on the host: sizes and colour bits never left it.
+    is_rgb_B = (batch.color_B & COLOR_RGB24).bool()
+    colour_B34 = _colour_matrices()[batch.color_B.long()].to(device)
     for clip in range(num_clips):
         height, width = int(batch.height_B[clip]), int(batch.width_B[clip])
         planes_TN, pixels = batch.planes_BTN[clip], height * width
         view = (crop_B4[clip], flip_B[clip], size)
         if is_rgb_B[clip]:
             rgb_TCIJ = planes_TN[:, : pixels * 3].reshape(num_frames, height, width, 3).permute(0, 3, 1, 2)
-            frames_BCTHW[clip] = _resize(rgb_TCIJ, *view, subsampling=1).transpose(0, 1)
+            stored_TCHW = _resize(rgb_TCIJ, *view, subsampling=1)
         else:
             luma_TCIJ = planes_TN[:, :pixels].reshape(num_frames, 1, height, width)
             chroma_TCIJ = planes_TN[:, pixels : pixels * 3 // 2].reshape(num_frames, 2, height // 2, width // 2)
-            frames_BCTHW[clip, :1] = _resize(luma_TCIJ, *view, subsampling=1).transpose(0, 1)
-            frames_BCTHW[clip, 1:] = _resize(chroma_TCIJ, *view, subsampling=2).transpose(0, 1)
-    values_BCX = frames_BCTHW.view(num_clips, 3, -1)
-    values_BCX = torch.baddbmm(colour_B34[:, :, 3:], colour_B34[:, :, :3], values_BCX).clamp_(0, 255)
-    mean_C1 = torch.tensor(IMAGENET_MEAN, device=device)[:, None] * 255
-    std_C1 = torch.tensor(IMAGENET_STD, device=device)[:, None] * 255
-    return values_BCX.sub_(mean_C1).div_(std_C1).view_as(frames_BCTHW)
+            halves = _resize(luma_TCIJ, *view, subsampling=1), _resize(chroma_TCIJ, *view, subsampling=2)
+            stored_TCHW = torch.cat(halves, dim=1)
+        stored_CX = stored_TCHW.transpose(0, 1).reshape(3, -1)
+        rgb_CX = torch.addmm(colour_B34[clip, :, 3:], colour_B34[clip, :, :3], stored_CX).clamp_(0, 255)
+        frames_BCTHW[clip] = rgb_CX.view(3, num_frames, size, size)
+    mean_C111 = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1, 1) * 255
+    std_C111 = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1, 1) * 255
+    return frames_BCTHW.sub_(mean_C111).div_(std_C111)
 
 
 def _resize(planes_TCIJ: Tensor, crop_4: Tensor, flip: Tensor, size: int, *, subsampling: int) -> Tensor:
@@ -79,7 +80,7 @@ def _triangle_filter(start: Tensor, length: Tensor, num_pixels: int, size: int) 
     return weight_HI / weight_HI.sum(dim=1, keepdim=True)
 
 
-def _colour_matrices(device: torch.device) -> Tensor:
+def _colour_matrices() -> Tensor:
     """Matrices [8, 3, 4] from stored values to R, G, B in [0, 255], by colour bits; the last column is an offset.
 
     Luma weights and ranges: ITU-R BT.601-7 and BT.709-6.
@@ -98,4 +99,4 @@ def _colour_matrices(device: torch.device) -> Tensor:
             gains = luma_scale, chroma_scale * from_cb[channel], chroma_scale * from_cr[channel]
             offset = -black * gains[0] - 128 * (gains[1] + gains[2])
             matrices[color, channel] = torch.tensor([*gains, offset])
-    return matrices.to(device, torch.float32)
+    return matrices.float()

@@ -12,6 +12,7 @@ Legend: T frames, N bytes per frame.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from shards.errors import SampleError
+from shards.errors import SampleError, UserError
 from shards.probe import sniff
 
 SEEKABLE = ("mov", "matroska")
@@ -79,6 +80,12 @@ def decode_frames(video: bytes, frame_numbers: NDArray[np.int32], decoder: str, 
     return _decode_pyav(video, frame_numbers, facts)
 
 
+def check_decoder(decoder: str) -> None:
+    """Raise UserError if a decoder is not installed. Before any worker starts: there it would look like bad samples."""
+    if decoder == "decord" and importlib.util.find_spec("decord") is None:
+        raise UserError("data.decoder is decord; it must be installed: pip install decord2, or take data.decoder=pyav")
+
+
 def _decode_pyav(video: bytes, frame_numbers: NDArray[np.int32], facts: VideoFacts) -> Frames:
     av.logging.set_level(av.logging.PANIC)  # damage is reported by what comes out, once, by name of the sample
     height, width = facts.height - facts.height % 2, facts.width - facts.width % 2
@@ -87,7 +94,7 @@ def _decode_pyav(video: bytes, frame_numbers: NDArray[np.int32], facts: VideoFac
     demuxer = sniff(video[:600])  # named, never guessed: a playlist, which could name other files, has none
     if demuxer is None:
         raise SampleError("decode", "its first bytes are of no video container that is read")
-    max_pixels = (facts.height + 128) * (facts.width + 128)  # codecs pad to whole blocks
+    max_pixels = 4 * (facts.height + 128) * (facts.width + 128)  # generous: codecs pad blocks, edges, lines
     try:
         with av.open(io.BytesIO(video), mode="r", format=demuxer, options={"max_streams": MAX_STREAMS}) as container:
             stream = container.streams.best("video")

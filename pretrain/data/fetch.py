@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -220,9 +221,9 @@ class FetchThreads:
 
     def __init__(self, num_threads: int) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Delivery], Callable[[], Delivery]] | None] = queue.SimpleQueue()
-        self._num_threads = num_threads
-        for _ in range(num_threads):
-            threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
+        self._threads = [threading.Thread(target=_work, args=(self._calls,), daemon=True) for _ in range(num_threads)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, call: Callable[[], Delivery]) -> Future[Delivery]:
         """Queue a call; its result or exception arrives in the future."""
@@ -231,13 +232,20 @@ class FetchThreads:
         return future
 
     def close(self) -> None:
-        """Cancel what waits and let the threads end as soon as they can."""
+        """Cancel what waits and let the threads end after the call each is in."""
         while not self._calls.empty():
             entry = self._calls.get()
             if entry is not None:
                 entry[0].set_exception(PoolClosedError())
-        for _ in range(self._num_threads):
+        for _ in self._threads:
             self._calls.put(None)
+
+    def join(self, limit_s: float) -> None:
+        """Wait for the threads to end, but not for a read that hangs."""
+        end_s = time.monotonic() + limit_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # a forgotten loader may be collected in any thread
+                thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def _work(calls: queue.SimpleQueue[tuple[Future[Delivery], Callable[[], Delivery]] | None]) -> None:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from pretrain.batch import ClipBatch
 from pretrain.config import DataConfig, LimitsConfig
+from pretrain.data.decode import check_decoder
 from pretrain.data.fetch import BLACK_2X2, Delivery, Fetcher, FetchThreads, Rows, Video, new_rows, put_frames
 from pretrain.data.pool import DecoderPool
 from pretrain.ledger import Journal, JournalRow
@@ -95,6 +96,7 @@ class ClipLoader:
         limits: LimitsConfig | None = None,
         worker_command: Sequence[str] | None = None,
     ) -> None:
+        check_decoder(data.decoder)
         limits = limits or LimitsConfig()
         self._data = data
         self._seed = seed
@@ -160,10 +162,8 @@ class ClipLoader:
         if self._is_at_end(self._micro_index):
             raise StopIteration
         start_s = time.perf_counter()
-        self._prefetch(1)
-        current = self._under_way[0]
         self._prefetch(1 + self._data.prefetch_steps * self.num_micro_steps)
-        batch = self._assemble(current)
+        batch = self._assemble(self._under_way[0])
         self._under_way.popleft()
         self._micro_index += 1
         self._stats.wait_s += time.perf_counter() - start_s
@@ -287,9 +287,15 @@ class ClipLoader:
 
     def _assemble(self, micro: _MicroBatch) -> ClipBatch:
         """Wait for all clips of a micro batch, write down what was replaced, and make the batch."""
-        deliveries = [delivery.result() for delivery in micro.deliveries]
-        for video, delivery in zip(micro.videos, deliveries, strict=True):
+        deliveries: list[Delivery] = []
+        for video, future in zip(micro.videos, micro.deliveries, strict=True):
+            delivery = future.result()
+            row = self._journal.find(video.position)
+            if row is not None and row != delivery.obeyed and row.substitute != delivery.sample:
+                # Another clip of this video was replaced while this one was under way: they stay together.
+                delivery = self._fetcher.fetch(video, micro.rows)
             self._write_down(video, delivery)
+            deliveries.append(delivery)
         planes_BTN, facts_B = micro.rows.planes_BTN, micro.rows.facts_B
         largest = max((clip.shape[1] for d in deliveries for clip in d.too_large), default=0)
         if largest:
@@ -370,13 +376,18 @@ class ClipLoader:
                 f"data.frames is {data.frames}; the longest video of split {self._reader.name!r} has "
                 f"{facts.max_frames}: take fewer frames, pack longer videos, or set data.short to loop"
             )
-        for name, value in (("train.global_batch", batch), ("train.micro_batch", self._micro_batch)):
-            if value < 1 or value % data.clips_per_video:
+        has_cursor = self._num_clips is None
+        whole_videos = {
+            "train.global_batch": (batch, has_cursor),  # the cursor counts positions
+            "train.micro_batch": (self._micro_batch, self._world_size > 1),  # one rank decides about a position
+        }
+        for name, (value, must_be_whole) in whole_videos.items():
+            if value < 1 or (must_be_whole and value % data.clips_per_video):
                 problems.append(
                     f"{name} is {value}; it must be a positive multiple of data.clips_per_video "
                     f"({data.clips_per_video}): the clips of a video stay together"
                 )
-        if self._world_size > batch:
+        if has_cursor and self._world_size > batch:
             problems.append(f"there are {self._world_size} ranks; train.global_batch ({batch}) must be at least that")
         if problems:
             raise UserError("\n".join(problems))
@@ -394,3 +405,4 @@ def _tensor(array: NDArray[Any]) -> torch.Tensor:
 def _shut_down(threads: FetchThreads, pool: DecoderPool) -> None:
     threads.close()
     pool.close()
+    threads.join(limit_s=2.0)

@@ -175,6 +175,8 @@ class _DecodeProcess:
         with self._busy:
             self._kill()
             self._slot_file.close()
+            with suppress(BufferError):  # a thread is copying frames: the slot goes when it is done
+                self._slot.close()
 
     def _ask(self, request: Request) -> dict[str, Any]:
         process = self.process or self._start()

@@ -27,6 +27,8 @@ from shards.pack import PackOptions, PackProgress, pack
 
 HELD_OUT = ("val", "test")
 MIDDLE = 0.5
+ANY_LENGTH = 2
+"""Frames. What is too short for the network is left out, and named, by the command that looks at it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def open_samples(
         return
     span = geometry.frames * geometry.stride
     options = PackOptions(
-        min_frames=geometry.frames, max_frames=max(128, 2 * span), stride=geometry.stride, val_fraction=0.0
+        min_frames=ANY_LENGTH, max_frames=max(128, 2 * span), stride=geometry.stride, val_fraction=0.0
     )
     with tempfile.TemporaryDirectory(prefix="tubelet-") as temporary:
         packed = Path(temporary) / "packed"

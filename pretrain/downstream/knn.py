@@ -114,7 +114,7 @@ def probe(
     if len(found.labels_N) < 2:
         raise UserError(
             f"{data} has {len(found.labels_N)} usable videos ({_reasons(found.skipped)}); "
-            "a probe needs at least 2: give longer or readable videos"
+            f"a probe needs at least 2 of {exported.geometry.frames} frames or more: give longer videos"
         )
     protocol, allowed_QN, queries_Q, notes = _choose_protocol(found, labels)
     labels_N = found.labels_N
@@ -209,4 +209,4 @@ def _choose_protocol(found: Features, labels: tuple[str, ...]) -> tuple[Protocol
 
 
 def _reasons(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "none was found"
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) or "nothing was left out"

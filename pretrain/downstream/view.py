@@ -17,8 +17,6 @@ from pretrain.batch import ClipBatch
 from pretrain.data.augment import to_model_input
 from pretrain.data.decode import Frames
 
-MIDDLE = 0.5
-
 
 def middle_crops(clips: Sequence[Frames], size: int, device: str | torch.device = "cpu") -> Tensor:
     """Largest square in the middle of each clip, resized: frames_BCTHW float32, ImageNet-normalised.

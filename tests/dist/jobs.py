@@ -23,7 +23,14 @@ FRAMES, SIZE, SEED = 8, 32, 5
 
 
 def make_engine(
-    *, stage: int, offload: bool, precision: str, optimizer: str, global_batch: int, micro_batch: int, seed: int,
+    *,
+    stage: int,
+    offload: bool,
+    precision: str,
+    optimizer: str,
+    global_batch: int,
+    micro_batch: int,
+    seed: int,
     clip_norm: float = 0.5,
 ) -> Engine:
     objectives = ObjectiveConfig(
@@ -101,8 +108,14 @@ def train(
 ) -> dict[str, Any]:
     """Train `steps`, from a checkpoint folder or from `seed`; perhaps save; give losses and grad norms."""
     engine = make_engine(
-        stage=stage, offload=offload, precision=precision, optimizer=optimizer,
-        global_batch=global_batch, micro_batch=micro_batch, seed=seed, clip_norm=clip_norm,
+        stage=stage,
+        offload=offload,
+        precision=precision,
+        optimizer=optimizer,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        seed=seed,
+        clip_norm=clip_norm,
     )
     if load is not None:
         checkpoint = Checkpoint(Path(load))
@@ -130,20 +143,29 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
     if world.is_first:
         parts, _ = read_parts(staging, world.size)
         facts = Facts(
-            step=step, optimizer_steps=engine.optimizer_steps, attempt=1, cursor={}, config={},
-            shapes={name: list(shape) for name, shape in engine.parameters().items()}, versions={}, changes=[],
+            step=step,
+            optimizer_steps=engine.optimizer_steps,
+            attempt=1,
+            cursor={},
+            config={},
+            shapes={name: list(shape) for name, shape in engine.parameters().items()},
+            versions={},
+            changes=[],
         )
         commit(staging, facts, parts, LineageHead("none", ""))
     agreement.wait()
 
 
-def resave(
-    *, stage: int, load: str, save: str, step: int, global_batch: int, micro_batch: int, precision: str
-) -> None:
+def resave(*, stage: int, load: str, save: str, step: int, global_batch: int, micro_batch: int, precision: str) -> None:
     """Restore into this layout and save again at once: nothing may be lost on the way."""
     engine = make_engine(
-        stage=stage, offload=False, precision=precision, optimizer="adamw",
-        global_batch=global_batch, micro_batch=micro_batch, seed=99,
+        stage=stage,
+        offload=False,
+        precision=precision,
+        optimizer="adamw",
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        seed=99,
     )
     checkpoint = Checkpoint(Path(load))
     engine.restore(checkpoint.read, checkpoint.facts.optimizer_steps)

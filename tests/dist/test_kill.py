@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -24,14 +23,9 @@ import torch
 from pretrain.checkpoint import Checkpoint, candidates, newest
 from pretrain.ledger import ROW_DTYPE, walk_lineage
 from pretrain.witness import audit_run
+from tests.dist import ranks
 
 pytestmark = pytest.mark.slow
-
-spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-assert spec is not None
-assert spec.loader is not None
-ranks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ranks)
 
 ROOT = ranks.ROOT
 SEAMS = (
@@ -162,7 +156,8 @@ def test_a_signal_loses_no_step(reference: Path, tmp_path: Path, packed: Path) -
     """SIGTERM to every rank: they agree, save, say 75, and go on from the very step."""
     config = write_config(tmp_path, packed)
     started = ranks.start(["-m", "pretrain.train", str(config)], 2)
-    wait_for(lambda: num_logged(tmp_path / "run") >= 1, started[0])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(metrics.exists, started[0])  # its first row is written once signals are heard
     for rank in started:
         rank.send_signal(signal.SIGTERM)
     codes, outputs = ranks.finish(started)
@@ -194,7 +189,9 @@ def test_a_damaged_checkpoint_is_passed_over(damage: str, reference: Path, tmp_p
         path.write_bytes(data)
     ranks.train(config, 2, f"run.dir={run_dir}")
     assert_same_end(run_dir, reference)
-    assert "is not whole" in (run_dir / "logs" / "rank-1.log").read_text() + (run_dir / "logs" / "rank-0.log").read_text()
+    assert (
+        "is not whole" in (run_dir / "logs" / "rank-1.log").read_text() + (run_dir / "logs" / "rank-0.log").read_text()
+    )
 
 
 def test_no_whole_checkpoint_is_never_a_new_start(reference: Path, tmp_path: Path, packed: Path) -> None:

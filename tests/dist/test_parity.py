@@ -5,7 +5,6 @@ The gradient is read from Adam's first moment after one step: (1 - beta1) * grad
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 

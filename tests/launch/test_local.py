@@ -26,8 +26,8 @@ from pathlib import Path
 run = Path(next(word for word in sys.argv if word.startswith("run.dir=")).removeprefix("run.dir="))
 rank = int(os.environ.get("RANK", "0"))
 told = os.environ["STAND_IN"]
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "TUBELET_START")
-place = {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:], "pid": os.getpid(), "ppid": os.getppid()}
+names = "RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE MASTER_ADDR MASTER_PORT TUBELET_START".split()
+place = {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:], "pid": os.getpid()}
 
 def end(outcome, code):
     if rank == 0:

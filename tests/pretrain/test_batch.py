@@ -7,7 +7,7 @@ import torch
 
 from pretrain.batch import ClipBatch
 
-MOVES = {"planes_BTN", "crop_B4", "flip_B", "color_B", "weight_B"}
+MOVES = {"planes_BTN", "crop_B4", "flip_B", "weight_B"}
 
 
 @pytest.fixture

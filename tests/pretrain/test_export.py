@@ -155,9 +155,7 @@ def test_processor_and_our_middle_crop_agree_on_frames_of_another_shape(
     theirs_TCHW = processor(list(frames_THWC), return_tensors="pt")["pixel_values"][0]
     ours_CTHW = middle_crops([Frames(frames_THWC.reshape(6, -1), 90, 160, COLOR_RGB24)], 32)[0]
     levels = (theirs_TCHW.transpose(0, 1) - ours_CTHW).abs() * torch.tensor(IMAGENET_STD).view(3, 1, 1, 1) * 255
-    assert (
-        float(levels.max()) < 3.0
-    )  # the processor crops a whole number of columns: up to half of one off
+    assert float(levels.max()) < 3.0  # the processor crops a whole number of columns: up to half of one off
 
 
 def test_parameter_that_does_not_arrive_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +227,15 @@ def test_run_without_masked_frame_gives_an_encoder(tmp_path: Path) -> None:
     run_card(tmp_path / "export")
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
 def test_folder_of_somebody_is_not_touched_and_an_export_is_replaced(
-    nano: tuple[Path, Pretraining, dict[str, Any]], tmp_path: Path
+    can_exchange: bool,
+    nano: tuple[Path, Pretraining, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not can_exchange:
+        monkeypatch.setattr("pretrain.export._exchange", lambda first, second: False)
     _, model, config = nano
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
@@ -301,7 +305,9 @@ def test_recipe_of_the_card_classifies_the_mean_of_the_tokens(
     handle = model.encoder.norm.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     with torch.no_grad():
         encode(model.encoder, pixels_BTCHW.transpose(1, 2))
-        expected = classifier.classifier(model.encoder.norm(captured[0].mean(1)))
+        norm = torch.nn.LayerNorm(128)  # fc_norm has torch's eps
+        norm.load_state_dict(model.encoder.norm.state_dict())
+        expected = classifier.classifier(norm(captured[0].mean(1)))
         handle.remove()
         torch.testing.assert_close(classifier(pixels_BTCHW).logits, expected, atol=1e-5, rtol=0)
         token_0 = transformers.VideoMAEForVideoClassification.from_pretrained(folder).eval()

@@ -3,7 +3,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +173,7 @@ def test_wandb_run_keeps_its_id_and_goes_on_where_publication_stopped(run_dir: P
     first.publish(3)
     first.close()
     spread_folders(run_dir)
-    # a checkpoint of step 5 was committed, and the process was killed before wandb heard of it
+    # a checkpoint of step 5 was committed, and nobody told wandb
     second = Tracker(run_dir, 2, OFFLINE, resumed_from=5)
     second.write({"kind": "start", "step": 5})
     train_rows(second, range(6, 9), loss=7.0)
@@ -180,6 +183,26 @@ def test_wandb_run_keeps_its_id_and_goes_on_where_publication_stopped(run_dir: P
     assert len({folder.rpartition("-")[2] for folder in runs}) == 1  # the run id ends the folder's name
     steps = [[(point["step"], point["loss"]) for point in points] for points in runs.values()]
     assert steps == [[(1, 1.0), (2, 1.0), (3, 1.0)], [(4, 1.0), (5, 1.0), (6, 7.0), (7, 7.0)]]
+
+
+def test_wandb_loses_nothing_to_a_kill_and_gets_nothing_twice(run_dir: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from pretrain.config import TrackConfig; from pretrain.track import Tracker\n"
+        "tracker = Tracker(Path(sys.argv[1]), 1, TrackConfig(wandb='offline'))\n"
+        "[tracker.write({'kind': 'train', 'step': step, 'loss': 1.0}) for step in range(1, 7)]\n"
+        "tracker.publish(4)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    spread_folders(run_dir)
+    state = run_dir / "wandb" / "tubelet.json"
+    state.write_text(state.read_text().replace("offline-run-2", "offline-run-1"))
+    second = Tracker(run_dir, 2, OFFLINE, resumed_from=4)
+    second.close()
+    (points,) = published(run_dir).values()  # the killed attempt's half-written file is not offered to `wandb sync`
+    assert [point["step"] for point in points] == [1, 2, 3, 4]
 
 
 def test_online_without_a_key_stays_offline(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -196,6 +219,8 @@ def test_wandb_trouble_never_stops_training(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class BrokenRun:
+        dir = str(run_dir / "wandb" / "offline-run-broken" / "files")
+
         def define_metric(self, *_names: str, **_options: str) -> None: ...
 
         def log(self, _point: object, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
 from shards.pack import PackOptions, PackSummary, pack
 
 CLIPS = Path(__file__).resolve().parents[2] / "configs" / "clips"

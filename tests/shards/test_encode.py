@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_pieces_cover_a_film_evenly(num_frames: int, max_frames: int) -> None:
     bounds = piece_bounds(num_frames, max_frames)
     assert bounds[0][0] == 0
     assert bounds[-1][1] == num_frames
-    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
     sizes = {end - start for start, end in bounds}
     assert max(sizes) <= max_frames
     assert max(sizes) - min(sizes) <= 1
@@ -142,9 +143,7 @@ def test_pieces_of_a_film(make_video: MakeVideo, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rate", "kept", "left"), [(60, 30.0, 30), (50, 25.0, 30), (25, 25.0, 60)])
-def test_fast_video_is_thinned_evenly(
-    make_video: MakeVideo, tmp_path: Path, rate: int, kept: float, left: int
-) -> None:
+def test_fast_video_is_thinned_evenly(make_video: MakeVideo, tmp_path: Path, rate: int, kept: float, left: int) -> None:
     def step(number: int) -> Any:
         return np.full((48, 64, 3), 4 * number, np.uint8)
 
@@ -174,6 +173,15 @@ def test_variable_rate_is_measured(make_video: MakeVideo, tmp_path: Path) -> Non
     assert slow.rate == pytest.approx(10, rel=0.01)
     assert fast.rate == pytest.approx(20, rel=0.01)
     assert fast.start_s == pytest.approx(2.0)
+
+
+def test_a_hole_in_the_film_does_not_slow_it(make_video: MakeVideo, tmp_path: Path) -> None:
+    def at(number: int) -> int:
+        return number * 40 + (700 if number >= 20 else 0)
+
+    path = make_video(tmp_path / "a.mkv", 40, rate=25, times=at, time_base=Fraction(1, 1000))
+    (sample,) = encode(path)
+    assert (sample.num_frames, sample.rate) == (40, 25.0)
 
 
 def test_too_few_frames(make_video: MakeVideo, tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ from shards.layout import (
 
 NAMES = st.text(alphabet="abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=12)
 COUNTS = st.integers(0, 2**63 - 1)
-SHARDS = st.builds(Shard, name=NAMES.map(lambda name: f"{name}.tar"), num_bytes=COUNTS, num_samples=COUNTS, sha256=NAMES)
+SHARDS = st.builds(
+    Shard, name=NAMES.map(lambda name: f"{name}.tar"), num_bytes=COUNTS, num_samples=COUNTS, sha256=NAMES
+)
 SPLITS = st.builds(
     Split,
     index=NAMES.map(index_name),

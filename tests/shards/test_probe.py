@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_kept_frames_are_never_closer_than_the_rate_allows(gaps: list[float], ma
     kept = keep_evenly(times_s, max_rate)
     assert kept[0] == 0
     assert kept == sorted(set(kept))
-    spaces = [times_s[b] - times_s[a] for a, b in zip(kept, kept[1:], strict=False)]
+    spaces = [times_s[b] - times_s[a] for a, b in itertools.pairwise(kept)]
     assert all(space >= 0.97 / max_rate - 0.001 for space in spaces)
     dropped = set(range(len(times_s))) - set(kept)
     for number in dropped:
@@ -225,7 +226,8 @@ def test_kept_frames_are_never_closer_than_the_rate_allows(gaps: list[float], ma
 
 
 @pytest.mark.parametrize(
-    ("rate", "step"), [(24, 1), (25, 1), (29.97, 1), (30, 1), (30.3, 1), (48, 2), (50, 2), (59.94, 2), (60, 2), (120, 4)]
+    ("rate", "step"),
+    [(24, 1), (25, 1), (29.97, 1), (30, 1), (30.3, 1), (48, 2), (50, 2), (59.94, 2), (60, 2), (120, 4)],
 )
 def test_an_even_source_stays_even(rate: float, step: int) -> None:
     exact = [number / rate for number in range(600)]

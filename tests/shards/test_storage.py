@@ -80,7 +80,9 @@ def test_a_cut_object_stays_short(remote: Any) -> None:
 
 
 @pytest.mark.parametrize("fault", [FileNotFoundError("gone"), PermissionError("403"), TypeError("a bug of ours")])
-def test_what_no_patience_mends_is_raised_at_once(remote: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+def test_what_no_patience_mends_is_raised_at_once(
+    remote: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     calls: list[int] = []
 
     def broken(*arguments: Any, **named: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from shards.pack import PackOptions, pack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,7 @@ def words(tmp_path: Path, shards: Path) -> list[str]:
         "train.micro_batch=1",
         "checkpoint.every_steps=4",
         "eval.every_steps=0",
-        "track.wandb=off",
+        "track.wandb='off'",
         "track.log_every_steps=1",
     ]
 
@@ -58,21 +60,23 @@ def test_killed_then_signalled_it_requeues_itself_and_finishes(slurm: Any, tmp_p
     def why() -> str:
         return f"{slurm.why()}\n{slurm.job(job)}\n{log.read_text() if log.exists() else 'no log'}"
 
-    def reached(step: int) -> bool:
-        return (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
+    def until(ready: Callable[[], bool]) -> None:
+        """Wait for it while the job lives; a job that has failed will not get there."""
+        slurm.wait_for(lambda: ready() or slurm.job(job)["JobState"] == "FAILED", 180, why)
+        assert ready(), why()
 
-    slurm.wait_for(lambda: reached(4), 120, why)
+    until(lambda: newest_step(run) > 0)
     assert slurm.kill("pretrain.", job=job) >= 2, "both ranks, from outside, at a moment they do not know"
-    slurm.wait_for(lambda: (run / "attempts" / "0002.json").exists(), 120, why)
+    until(lambda: (run / "attempts" / "0002.json").exists())
     assert not (run / "attempts" / "0001.outcome.json").exists(), "nobody could say goodbye"
 
     first = newest_step(run)
-    slurm.wait_for(lambda: newest_step(run) > first, 120, why)
+    until(lambda: newest_step(run) > first)
     slurm.run("scancel", "--signal=USR1", job)
-    slurm.wait_for(lambda: (run / "attempts" / "0003.json").exists(), 120, why)
+    until(lambda: (run / "attempts" / "0003.json").exists())
     assert json.loads((run / "attempts" / "0002.outcome.json").read_text())["outcome"] == "stopped"
 
-    slurm.wait_for(lambda: slurm.job(job)["JobState"] in ("COMPLETED", "FAILED"), 180, why)
+    until(lambda: slurm.job(job)["JobState"] == "COMPLETED")
     facts = slurm.job(job)
     assert (facts["JobState"], facts["Restarts"], facts["ExitCode"]) == ("COMPLETED", "2", "0:0"), why()
     assert json.loads((run / "DONE").read_text())["step"] == STEPS

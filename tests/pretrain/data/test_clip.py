@@ -32,7 +32,7 @@ def test_frames_fit_the_video_a_constant_stride_apart(
     numbers_T, used = pick_frames(num_frames, frames, stride, u, grid=grid)
     assert numbers_T.dtype == np.int32
     assert (np.diff(numbers_T) == used).all()
-    assert 0 <= numbers_T[0]
+    assert numbers_T[0] >= 0
     assert numbers_T[-1] < num_frames
     assert used == max(s for s in range(1, stride + 1) if (frames - 1) * s < num_frames)
     if grid and used % grid == 0:

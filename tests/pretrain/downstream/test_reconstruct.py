@@ -65,7 +65,7 @@ def test_short_video_says_how_short(exported: Path, tmp_path: Path) -> None:
 
     noise = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     write_mp4(iter(noise), tmp_path / "short.mp4", rate=5)
-    with pytest.raises(UserError, match="5 frames"):
+    with pytest.raises(UserError, match="has 5 frames; the network takes 8: give a longer video"):
         reconstruct(exported, tmp_path / "short.mp4", tmp_path / "out.mp4")
 
 

@@ -1,0 +1,121 @@
+"""What a resumed run may change, and what a new run may start from (C8). One rank: the decisions are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import newest
+from pretrain.witness import audit_run
+from tests.dist import ranks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, packed: Path) -> Path:
+    """A run that finished 2 steps."""
+    folder = tmp_path_factory.mktemp("half")
+    path = folder / "run.yaml"
+    path.write_text(
+        f"""
+run: {{dir: {folder / "run"}, seed: 3}}
+data: {{shards: {packed}, frames: 8, stride: 2, size: 32, workers: 1}}
+model: {{size: nano}}
+objective: {{masked_frame: {{mask_ratio: 0.5}}}}
+train: {{steps: 2, global_batch: 4, micro_batch: 2, precision: fp32}}
+zero: {{stage: 2}}
+optim: {{lr: 1e-3}}
+eval: {{every_steps: 2, num_clips: 3}}
+"""
+    )
+    ranks.train(path, 1)
+    return path
+
+
+def fail(config: Path, *arguments: str) -> str:
+    codes, outputs = ranks.finish(ranks.start(["-m", "pretrain.train", str(config), *arguments], 1))
+    assert codes == [93], outputs
+    return outputs[0]
+
+
+def test_a_finished_run_says_so(half: Path) -> None:
+    [output] = ranks.train(half, 1)
+    assert "is finished (step 2)" in output
+
+
+def test_another_data_or_seed_is_refused_and_names_both_values(half: Path) -> None:
+    output = fail(half, "train.steps=4", "run.seed=4", "data.stride=3", "--change")
+    assert "run.seed was 3 and is 4" in output
+    assert "data.stride was 2 and is 3" in output
+    assert "use run.dir=NEW train.init_from=" in output
+
+
+def test_more_steps_need_change_and_are_recorded(half: Path) -> None:
+    assert "train.steps was 2 and is 4; add --change" in fail(half, "train.steps=4")
+    ranks.train(half, 1, "train.steps=4", "--change", "zero.stage=1", "train.micro_batch=1", "checkpoint.every_steps=1")
+    found = newest(half.parent / "run")
+    assert found is not None
+    assert found.facts.step == 4
+    assert found.facts.changes == ["step 2: train.steps was 2 and is 4"]
+    assert audit_run(half.parent / "run").exit_code == 0
+
+
+def test_new_run_from_old_weights(half: Path, tmp_path: Path) -> None:
+    """init_from takes the weights and nothing else: other data settings, position 0, a new head."""
+    new = ["run.dir=" + str(tmp_path / "new"), f"train.init_from={half.parent / 'run'}", "data.stride=1"]
+    [output] = ranks.train(half, 1, *new, "objective.frame_order={mask_ratio: 0.5}")
+    assert "weights from" in output
+    assert "new: objectives.frame_order" in output
+    assert "from step 0 to 2" in output
+    assert "model.size" in fail(half, *new[:2], "run.dir=" + str(tmp_path / "other"), "model.size=tiny")
+
+
+def test_evaluation_moves_no_cursor(half: Path, tmp_path: Path) -> None:
+    """With and without evaluation the same clips are consumed."""
+    cursors = []
+    for every in (0, 1):
+        ranks.train(half, 1, f"run.dir={tmp_path / str(every)}", f"eval.every_steps={every}")
+        found = newest(tmp_path / str(every))
+        assert found is not None
+        cursors.append(found.facts.cursor)
+    assert cursors[0] == cursors[1]
+    rows = [json.loads(line) for line in (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert len(evals) == 2
+    assert {"loss/masked_frame", "masked_frame/zero", "masked_frame/copy"} <= evals[0].keys()
+
+
+def test_fillers_do_not_reach_the_ledger(half: Path, tmp_path: Path) -> None:
+    """3 clips on 2 ranks in micro batches of 2: one blank filler, printed, weightless, in no row."""
+    outputs = ranks.train(
+        half, 2, f"run.dir={tmp_path / 'odd'}", "train.global_batch=3", "train.micro_batch=2", "eval.every_steps=0"
+    )
+    assert "with 1 blank fillers of weight 0" in outputs[0]
+    result = audit_run(tmp_path / "odd")
+    assert result.exit_code == 0
+    assert result.counts["clips"] == 6
+
+
+@pytest.mark.parametrize("kind", ["file", "no write"])
+def test_a_run_folder_that_cannot_be_made(
+    half: Path, tmp_path: Path, kind: str, tiny_config: Callable[..., Path]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    where = tmp_path / "file" / "run" if kind == "file" else Path("/proc/run")
+    assert f"run.dir is {where}; it must be a folder that can be written" in fail(half, f"run.dir={where}")
+
+
+def test_stop_file(half: Path, tmp_path: Path) -> None:
+    """touch STOP: saves, removes the file, says 93; the same command goes on."""
+    run_dir = tmp_path / "stop"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    arguments = [f"run.dir={run_dir}", "train.steps=5"]
+    assert "the STOP file: saved at step" in fail(half, *arguments)
+    assert not (run_dir / "STOP").exists()
+    ranks.train(half, 1, *arguments)
+    assert audit_run(run_dir).exit_code == 0

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.attempt import (
+    Outcome,
+    Superseded,
+    newest_attempt,
+    read_outcome,
+    record_outcome,
+    refuse_superseded,
+    take_attempt,
+)
+
+
+def test_numbers_are_never_shared(tmp_path: Path) -> None:
+    assert newest_attempt(tmp_path) == 0
+    assert [take_attempt(tmp_path, 2) for _ in range(3)] == [1, 2, 3]
+    assert json.loads((tmp_path / "attempts" / "0002.json").read_text())["world_size"] == 2
+
+
+def test_the_first_word_counts(tmp_path: Path) -> None:
+    attempt = take_attempt(tmp_path, 1)
+    assert read_outcome(tmp_path) is None
+    assert record_outcome(tmp_path, attempt, Outcome("failed", 3, "a rank died"))
+    assert not record_outcome(tmp_path, attempt, Outcome("stopped", 3, "the others were told to stop"))
+    assert read_outcome(tmp_path) == Outcome("failed", 3, "a rank died")
+
+
+def test_exit_codes() -> None:
+    assert [Outcome(kind, 0, "").exit_code for kind in ("finished", "stopped", "failed", "person")] == [0, 75, 75, 93]
+
+
+def test_an_outcome_belongs_to_its_attempt(tmp_path: Path) -> None:
+    record_outcome(tmp_path, take_attempt(tmp_path, 1), Outcome("stopped", 3, "a signal"))
+    take_attempt(tmp_path, 1)
+    assert read_outcome(tmp_path) is None
+
+
+def test_an_older_attempt_is_refused(tmp_path: Path) -> None:
+    first = take_attempt(tmp_path, 1)
+    refuse_superseded(tmp_path, first)
+    take_attempt(tmp_path, 1)
+    with pytest.raises(Superseded, match="found attempt 2 at work"):
+        refuse_superseded(tmp_path, first)
+
+
+def test_a_torn_outcome_is_none(tmp_path: Path) -> None:
+    attempt = take_attempt(tmp_path, 1)
+    (tmp_path / "attempts" / f"{attempt:04d}.outcome.json").write_text('{"outcome": "fin')
+    assert read_outcome(tmp_path) is None

@@ -1,0 +1,178 @@
+"""What users do wrong, and what disks do: one clear line each, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import shards
+from shards.errors import UserError
+from shards.manifest import open_split
+from shards.pack import PackOptions, PackSummary, pack
+
+MakeVideo = Callable[..., Path]
+Packed = tuple[Path, PackSummary]
+SMALL = PackOptions(short_side=48, max_frames=32, min_frames=8, workers=1)
+PACKAGES = Path(shards.__file__).resolve().parent.parent
+
+
+def refused(src: Path, dst: Path, options: PackOptions = SMALL) -> str:
+    """The one line that packing ends with; it leaves nothing at the destination."""
+    before = sorted(dst.iterdir()) if dst.is_dir() else dst.exists()
+    with pytest.raises(UserError) as caught:
+        pack(src, dst, options)
+    assert (sorted(dst.iterdir()) if dst.is_dir() else dst.exists()) == before
+    line = str(caught.value)
+    assert "\n" not in line
+    assert ":" in line or ";" in line
+    return line
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    line = refused(tmp_path / "src", tmp_path / "out")
+    assert line.startswith(f"{tmp_path}/src holds no video file")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def broken_text(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    path.write_text("hello\n" * 100)
+
+
+def broken_playlist(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    path.write_text(f"ffconcat version 1.0\nfile '{clips / 'city_320x180_h264.mp4'}'\n")
+
+
+def broken_cut(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    path.write_bytes((clips / "city_320x180_h264.mp4").read_bytes()[:120_000])
+
+
+def broken_empty(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    path.touch()
+
+
+def broken_sound(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    import av
+
+    source = make_video(path.with_name("both.bin.mp4"), 25, with_audio=True)
+    with av.open(str(source)) as both, av.open(str(path), "w") as alone:
+        stream = alone.add_stream_from_template(both.streams.audio[0])
+        for packet in both.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                alone.mux(packet)
+    source.unlink()
+
+
+def broken_one_frame(path: Path, make_video: MakeVideo, clips: Path) -> None:
+    make_video(path, 1)
+
+
+BROKEN = {
+    broken_text: "format",
+    broken_playlist: "format",
+    broken_cut: "damaged",
+    broken_empty: "empty",
+    broken_sound: "no_video",
+    broken_one_frame: "too_short",
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN.items())
+def test_nothing_readable(
+    make_video: MakeVideo, clips: Path, tmp_path: Path, spoil: Callable[[Path, MakeVideo, Path], None], reason: str
+) -> None:
+    (tmp_path / "src").mkdir()
+    spoil(tmp_path / "src" / "a.mp4", make_video, clips)
+    line = refused(tmp_path / "src", tmp_path / "out")
+    assert "holds no usable video: all 1 files were rejected" in line
+    assert f"{reason} 1" in line
+    assert "for example a.mp4" in line
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_files_do_not_stop_good_ones(make_video: MakeVideo, clips: Path, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "good" / "a.mp4", 32)
+    (tmp_path / "src" / "bad").mkdir()
+    for number, spoil in enumerate(BROKEN):
+        spoil(tmp_path / "src" / "bad" / f"{number}.mp4", make_video, clips)
+    summary = pack(tmp_path / "src", tmp_path / "out", SMALL)
+    assert summary.num_samples == 1
+    assert summary.rejected == {"format": 2, "damaged": 1, "empty": 1, "no_video": 1, "too_short": 1}
+    assert [line for line in summary.lines() if "nothing readable" in line] == [
+        "warning: class 'bad' has nothing readable (6 files rejected) and is not among the labels"
+    ]
+
+
+def test_a_file_in_the_way(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    (tmp_path / "out").write_text("mine")
+    assert "is a file; the destination must be a new folder" in refused(tmp_path / "src", tmp_path / "out")
+    assert "cannot be written" in refused(tmp_path / "src", tmp_path / "out" / "deeper")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_unwritable_destination(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    assert "cannot be written" in refused(tmp_path / "src", Path("/proc/data"))
+
+
+def test_a_disk_that_fills_up(make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left on device" in refused(tmp_path / "src", tmp_path / "out")
+    assert pack(tmp_path / "src", tmp_path / "out", SMALL).num_reused == 1
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/data", "pretrain/x/y", "launch/data"])
+def test_a_destination_inside_the_code(make_video: MakeVideo, tmp_path: Path, name: str) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    line = refused(tmp_path / "src", PACKAGES / name)
+    assert f"lies inside the code package {name.partition('/')[0]}/" in line
+    assert "data/NAME" in line
+    (tmp_path / "link").symlink_to(PACKAGES / "shards")
+    assert "inside the code package" in refused(tmp_path / "src", tmp_path / "link" / "data")
+
+
+def test_a_destination_that_is_not_empty(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    line = refused(tmp_path / "src", tmp_path / "out")
+    assert "exists and is not empty; packing never overwrites" in line
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "gone", tmp_path / "out")
+
+
+def test_a_missing_shard(packed: Packed, tmp_path: Path) -> None:
+    shutil.copytree(packed[0], tmp_path / "data")
+    (tmp_path / "data" / "val-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"val-000000\.tar is missing; .*copy it again or repack"):
+        open_split(str(tmp_path / "data"), "val").read(0)
+
+
+def test_a_truncated_tar(packed: Packed, tmp_path: Path) -> None:
+    shutil.copytree(packed[0], tmp_path / "data")
+    path = tmp_path / "data" / "val-000000.tar"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"val-000000\.tar has .*cut off or changed after packing.*copy it again"):
+        open_split(str(tmp_path / "data"), "val").read(0)
+
+
+def test_a_tar_changed_after_indexing(packed: Packed, tmp_path: Path) -> None:
+    shutil.copytree(packed[0], tmp_path / "data")
+    with (tmp_path / "data" / "val-000000.tar").open("ab") as file:
+        file.write(bytes(10240))
+    with pytest.raises(UserError, match=r"val-000000\.tar has .*must have the \d+ that were indexed"):
+        open_split(str(tmp_path / "data"), "val").read(0)

@@ -228,7 +228,8 @@ class Config(Section):
     def problems(self) -> Iterator[str]:
         """What the single fields cannot see: rules between them."""
         if self.data.frames % TUBELET_FRAMES:
-            yield f"data.frames is {self.data.frames}; it must be even (a tubelet is two frames): use {self.data.frames + 1}"
+            frames = self.data.frames
+            yield f"data.frames is {frames}; it must be even (a tubelet is two frames): use {frames + 1}"
         if self.data.size % PATCH_PIXELS:
             nearest = max(PATCH_PIXELS, round(self.data.size / PATCH_PIXELS) * PATCH_PIXELS)
             yield f"data.size is {self.data.size}; it must be a multiple of {PATCH_PIXELS}: use {nearest}"
@@ -273,7 +274,10 @@ class Config(Section):
         for inner, outer in itertools.pairwise(order):
             inner_s, outer_s = getattr(self.limits, inner), getattr(self.limits, outer)
             if inner_s >= outer_s:
-                yield f"limits.{inner} is {inner_s:g}; it must be below limits.{outer} ({outer_s:g}): lower it or raise that"
+                yield (
+                    f"limits.{inner} is {inner_s:g}; it must be below limits.{outer} ({outer_s:g}): "
+                    "lower the one or raise the other"
+                )
         if self.data.decode_deadline_s >= self.limits.wait_limit_s:
             yield (
                 f"data.decode_deadline_s is {self.data.decode_deadline_s:g}; it must be below limits.wait_limit_s "

@@ -34,10 +34,9 @@ class Console:
         self.say(
             f"model    {config.model.size}, {config.data.frames} frames of {config.data.size} x {config.data.size}"
         )
-        self.say(
-            f"batch    {batch} clips = {train.micro_batch} a micro batch x {world.size} ranks x {num_micro_steps} accumulated"
-            + (f" (with {fillers} blank fillers of weight 0)" if fillers else "")
-        )
+        split = f"{train.micro_batch} micro batch x {world.size} ranks x {num_micro_steps} accumulated"
+        blank = f" (with {fillers} blank fillers of weight 0)" if fillers else ""
+        self.say(f"batch    {batch} clips = {split}{blank}")
         self.say(f"data     {num_samples:,} samples; this run takes {positions / num_samples:.2f} epochs")
         self.say(
             f"states   ZeRO stage {config.zero.stage}{', offloaded' if config.zero.offload else ''}, {train.precision}"

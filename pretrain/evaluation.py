@@ -20,8 +20,9 @@ class Evaluation:
         found = held_out_shards(data)
         if found is None:
             shards = data.eval_shards or data.shards
+            splits = ", ".join(sorted(load_manifest(shards).splits))
             raise UserError(
-                f"data.eval_split is {data.eval_split}; {shards} has {', '.join(sorted(load_manifest(shards).splits))}: "
+                f"data.eval_split is {data.eval_split}; {shards} has {splits}: "
                 "name one of these, or set eval.every_steps=0"
             )
         self._shards, self._split = found

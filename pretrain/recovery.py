@@ -59,7 +59,7 @@ class Recovery:
         return facts.step
 
     def save(self, step: int) -> Path:
-        """Write the checkpoint of `step`. Seal the ledger, write parts, then rank 0 commits; nobody trains on before."""
+        """Write the checkpoint of `step`: all seal the ledger and write parts, rank 0 commits, then all go on."""
         refuse_superseded(self.run_dir, self.attempt)
         staging = checkpoint.staging_folder(self.run_dir, step, self.attempt)
         if self.world.is_first:

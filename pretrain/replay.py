@@ -108,8 +108,10 @@ def _rows_of(run_dir: Path, head: LineageHead, step: int) -> list[tuple[int, int
         found: list[tuple[int, int, int, int]] = []
         for segment in link.segments:
             rows = np.fromfile(run_dir / "ledger" / segment.file, ROW_DTYPE)
-            for row in rows[rows["step"] == step]:
-                found.append((int(row["position"]), int(row["draw"]), int(row["sample"]), int(row["checksum"])))
+            found += [
+                (int(row["position"]), int(row["draw"]), int(row["sample"]), int(row["checksum"]))
+                for row in rows[rows["step"] == step]
+            ]
         if found:
             return sorted(found)
     return []

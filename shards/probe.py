@@ -35,7 +35,7 @@ TIMESTAMP_JITTER_S = 0.0006
 """Matroska rounds times to milliseconds."""
 
 
-class Rejected(Exception):  # noqa: N818  # it is an outcome, not a failure of ours
+class Rejected(Exception):  # an outcome, not a failure of ours
     """This file is not used. `reason` is a short word to count by."""
 
     def __init__(self, reason: str, detail: str) -> None:

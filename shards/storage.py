@@ -75,7 +75,7 @@ def read_range(url: str, offset: int, size: int, *, attempt_s: float = 30.0, dea
     if path is not None:
         data = _pread(path, offset, size)
     else:
-        data = _persist(url, lambda: _remote_range(url, offset, size, attempt_s=attempt_s), deadline_s=deadline_s)
+        data = _persist(url, lambda limit_s: _remote_range(url, offset, size, limit_s), attempt_s, deadline_s)
     with _lock:
         counters.num_reads += 1
         counters.num_bytes += len(data)
@@ -101,7 +101,7 @@ def size_and_tag(url: str, *, attempt_s: float = 30.0, deadline_s: float = 300.0
     if path is not None:
         facts = path.stat()
         return facts.st_size, str(facts.st_mtime_ns)
-    row = _persist(url, lambda: _call(url, "info", attempt_s), deadline_s=deadline_s)
+    row = _persist(url, lambda limit_s: _call(url, "info", limit_s), attempt_s, deadline_s)
     tag = next((str(row[name]) for name in ("ETag", "etag", "LastModified", "mtime") if row.get(name)), "")
     return int(row["size"]), tag
 
@@ -155,7 +155,7 @@ def _pread(path: Path, offset: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _remote_range(url: str, offset: int, size: int, *, attempt_s: float) -> bytes:
+def _remote_range(url: str, offset: int, size: int, attempt_s: float) -> bytes:
     data = bytes(_call(url, "cat_file", attempt_s, start=offset, end=offset + size)) if size else b""
     if len(data) != size:
         raise ShortReadError(f"{url}: {len(data)} bytes came from offset {offset}, {size} were asked for")
@@ -191,13 +191,13 @@ def _filesystem(url: str) -> Any:
         return _filesystems[key]
 
 
-def _persist(url: str, attempt: Callable[[], T], *, deadline_s: float) -> T:
-    """Try until it works or the deadline is over."""
+def _persist(url: str, attempt: Callable[[float], T], attempt_s: float, deadline_s: float) -> T:
+    """Try until it works or the deadline is over; `attempt` is told the seconds it may take."""
     start_s = time.monotonic()
     wait_s = FIRST_WAIT_S
     while True:
         try:
-            return attempt()
+            return attempt(max(min(attempt_s, start_s + deadline_s - time.monotonic()), 0.01))
         except Exception as error:  # remote clients raise many kinds that are no OSError
             if isinstance(error, FINAL_ERRORS + BUGS) or type(error).__name__ in FINAL_NAMES:
                 raise

@@ -11,7 +11,6 @@ Legend: T frames, N bytes per frame.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -209,7 +208,9 @@ def _copy_planes(frame: VideoFrame, row_N: NDArray[np.uint8], height: int, width
 
 
 def _decode_decord(video: bytes, frame_numbers: NDArray[np.int32], facts: VideoFacts) -> Frames:
-    decord: Any = importlib.import_module("decord")  # no stubs, and a second to import: only where it is asked for
+    import decord as untyped  # pyright: ignore[reportMissingTypeStubs]  # a second to import: only where asked for
+
+    decord: Any = untyped
     height, width = facts.height - facts.height % 2, facts.width - facts.width % 2
     try:
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1)

@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+GRACE_S = 20.0
 
 
 def start(program: Sequence[str], world: int, **extra: str) -> list[subprocess.Popen[str]]:
@@ -54,18 +56,18 @@ def train(config: Path, world: int, *arguments: str, program: Sequence[str] = ("
     return outputs
 
 
-def finish(ranks: Sequence[subprocess.Popen[str]], timeout_s: float = 180) -> tuple[list[int], list[str]]:
-    """Wait for all of them: return codes and outputs. One that fails takes the others with it, as a launcher would."""
-    outputs = []
-    for rank in ranks:
-        try:
-            outputs.append(rank.communicate(timeout=timeout_s)[0])
-        except subprocess.TimeoutExpired:
+def finish(ranks: Sequence[subprocess.Popen[str]], timeout_s: float = 300) -> tuple[list[int], list[str]]:
+    """Wait for all: return codes and outputs. After one that fails the others have GRACE_S, as with a launcher."""
+    deadline_s = time.monotonic() + timeout_s
+    failed_s: float | None = None
+    while any(rank.poll() is None for rank in ranks):
+        now_s = time.monotonic()
+        if failed_s is None and any(rank.returncode for rank in ranks):
+            failed_s = now_s
+        if now_s > deadline_s or (failed_s is not None and now_s > failed_s + GRACE_S):
             kill(ranks)
-            raise
-        if rank.returncode:
-            kill(ranks)
-    return [rank.returncode for rank in ranks], outputs
+        time.sleep(0.05)
+    return [rank.returncode for rank in ranks], [rank.communicate()[0] for rank in ranks]
 
 
 def kill(ranks: Sequence[subprocess.Popen[str]]) -> None:

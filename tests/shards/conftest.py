@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -103,8 +104,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PackSummary]
         {"path": str(CLIPS / "sintel_320x180_h264.mp4"), "split": "val", "group": "sintel"},
     ]
     listing = folder / "films.jsonl"
-    import json
-
     listing.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = PackOptions(short_side=64, max_frames=48, shard_bytes=60_000, workers=2)
     summary = pack(listing, folder / "data", options)

@@ -183,12 +183,27 @@ def _filesystem(url: str) -> Any:
         if key not in _filesystems:
             options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
             try:
-                _filesystems[key] = fsspec.filesystem(scheme, **options)  # pyright: ignore[reportUnknownMemberType]
+                if scheme == "s3":
+                    _filesystems[key] = _s3(options)
+                else:
+                    _filesystems[key] = fsspec.filesystem(scheme, **options)  # pyright: ignore[reportUnknownMemberType]
             except (ValueError, ImportError) as error:
                 raise UserError(
                     f"{url} cannot be opened: {error}; use a path, s3://, or install that protocol"
                 ) from error
         return _filesystems[key]
+
+
+def _s3(options: dict[str, Any]) -> Any:
+    """S3 and what speaks like it. Endpoint and credentials come from the usual AWS variables and files.
+
+    Checksums only where a request requires them: newer botocore adds them everywhere, and other stores refuse that.
+    """
+    import s3fs  # pyright: ignore[reportMissingTypeStubs]
+
+    when = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    untyped: Any = s3fs
+    return untyped.S3FileSystem(config_kwargs=when, **options)
 
 
 def _persist(url: str, attempt: Callable[[float], T], attempt_s: float, deadline_s: float) -> T:

@@ -53,7 +53,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(CPU_TORCH) torch
+	$(BIN)/python -m pip install --quiet --retries 2 --no-deps -c constraints.txt $(CPU_TORCH) torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 

@@ -97,6 +97,8 @@ def verify(
 
     problems = verify_shards(url)
     lines = [str(problem) for problem in problems] or [f"{url}: every shard and every sample is what was packed"]
+    if not problems:
+        lines.append(f"next: tubelet pretrain configs/laptop.yaml data.shards={url}")
     show({"url": url, "problems": [str(problem) for problem in problems]}, as_json, *lines)
     if problems:
         raise typer.Exit(1)
@@ -139,7 +141,7 @@ def audit(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJ
     from pretrain.witness import audit_run
 
     result = audit_run(run)
-    show(result.to_json(), as_json, *result.lines)
+    show(result.to_json(), as_json, *result.lines, f"next: tubelet report {run}")
     raise typer.Exit(result.exit_code)
 
 
@@ -153,7 +155,7 @@ def replay(
     from pretrain.replay import replay_step
 
     result = replay_step(run, step)
-    show(result.to_json(), as_json, *result.lines())
+    show(result.to_json(), as_json, *result.lines(), f"next: tubelet audit {run}")
     if not result.matches:
         raise typer.Exit(1)
 
@@ -199,7 +201,7 @@ def reconstruct(
     from pretrain.downstream.reconstruct import reconstruct as write_video
 
     result = write_video(export_dir, video, out, seed=seed)
-    show(result.to_json(), as_json, *result.lines())
+    show(result.to_json(), as_json, *result.lines(), f"next: tubelet probe {export_dir} DATA")
 
 
 @app.command()
@@ -212,7 +214,7 @@ def probe(
     from pretrain.downstream.knn import probe as run_probe
 
     result = run_probe(export_dir, data)
-    show(result.to_json(), as_json, *result.lines())
+    show(result.to_json(), as_json, *result.lines(), f"next: tubelet reconstruct {export_dir} VIDEO OUT.mp4")
 
 
 if __name__ == "__main__":

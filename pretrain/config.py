@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pretrain.model.mask import allowed_counts
 from shards.errors import UserError
 
 TUBELET_FRAMES = 2
@@ -237,6 +238,7 @@ class Config(Section):
             yield f"data.crop_scales is {list(self.data.crop_scales)}; each must lie in (0, 1]: use [1.0]"
         if self.objective.masked_frame is None and self.objective.frame_order is None:
             yield "objective is empty; it must name at least one: add objective.masked_frame: {}"
+        yield from self._mask_problems()
         moved = self.objective.frame_order.num_moved if self.objective.frame_order else None
         num_slots = self.data.frames // TUBELET_FRAMES
         if self.objective.frame_order and num_slots < 2:
@@ -247,6 +249,12 @@ class Config(Section):
             yield (
                 f"train.global_batch is {self.train.global_batch}; it must be a multiple of data.clips_per_video "
                 f"({self.data.clips_per_video}): use {self._nearest_batch()}"
+            )
+        clips = self.data.clips_per_video
+        if self.train.micro_batch % clips:
+            yield (
+                f"train.micro_batch is {self.train.micro_batch}; it must be a multiple of data.clips_per_video "
+                f"({clips}), so that one rank decides about a video: use {clips}"
             )
         if self.train.micro_batch > self.train.global_batch:
             yield (
@@ -263,6 +271,16 @@ class Config(Section):
         if self.zero.offload and self.zero.stage == 0:
             yield "zero.offload is true; stage 0 has no sharded states to move: use zero.stage=1 or more"
         yield from self._timeout_problems()
+
+    def _mask_problems(self) -> Iterator[str]:
+        """Masks must leave the same number of tokens visible in every clip."""
+        slots, cells = self.data.frames // TUBELET_FRAMES, (self.data.size // PATCH_PIXELS) ** 2
+        if self.objective.masked_frame is not None and slots and cells:
+            wanted = self.objective.masked_frame
+            try:
+                allowed_counts(slots, cells, wanted.mask_ratio, wanted.num_frames_masked)
+            except UserError as error:
+                yield str(error)
 
     def _nearest_batch(self) -> int:
         clips = self.data.clips_per_video

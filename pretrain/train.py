@@ -26,7 +26,7 @@ from pretrain.ledger import Ledger
 from pretrain.meter import Meter
 from pretrain.recovery import Recovery
 from pretrain.schedule import lr_at
-from pretrain.stop import Stop, StopAgreement, die
+from pretrain.stop import Stop, StopAgreement, die, time_limit
 from pretrain.track import Tracker
 from shards.errors import UserError
 
@@ -51,7 +51,7 @@ class Trainer:
         last = self.config.train.steps
         for step in range(start, last):
             lr = self.lr(step)
-            with self.meter.step():
+            with self.meter.step(), time_limit(self.config.limits.step_limit_s):
                 batches = itertools.islice(self.loader, self.engine.num_micro_steps)
                 report = self.engine.step(batches, lr)
             if not report.is_applied:

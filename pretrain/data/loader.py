@@ -98,6 +98,7 @@ class ClipLoader:
     ) -> None:
         check_decoder(data.decoder)
         limits = limits or LimitsConfig()
+        self._wait_limit_s = limits.wait_limit_s
         self._data = data
         self._seed = seed
         self._global_batch = global_batch
@@ -285,11 +286,19 @@ class ClipLoader:
 
     # ------------------------------------------------------------------ from finished work to a batch
 
+    def _wait_for(self, future: Future[Delivery]) -> Delivery:
+        try:
+            return future.result(self._wait_limit_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"no clip came within limits.wait_limit_s ({self._wait_limit_s:g} s): is the storage answering?"
+            ) from error
+
     def _assemble(self, micro: _MicroBatch) -> ClipBatch:
         """Wait for all clips of a micro batch, write down what was replaced, and make the batch."""
         deliveries: list[Delivery] = []
         for video, future in zip(micro.videos, micro.deliveries, strict=True):
-            delivery = future.result()
+            delivery = self._wait_for(future)
             row = self._journal.find(video.position)
             if row is not None and row != delivery.obeyed and row.substitute != delivery.sample:
                 # Another clip of this video was replaced while this one was under way: they stay together.

@@ -113,6 +113,10 @@ def test_all_problems_at_once(tiny_config: Callable[..., Path]) -> None:
         ("train.precision=fp16", "train.precision is 'fp16'; it must be 'bf16' or 'fp32'"),
         ("data.clips_per_video=3", "it must be a multiple of data.clips_per_video (3): use 9"),
         ("objective.frame_order.num_moved=9", "a clip has 4 slots: use 4 or less"),
+        (
+            "objective.masked_frame.num_frames_masked=[1]",
+            "num_frames_masked is 1; it must leave as many visible tokens",
+        ),
         ("nonsense", "'nonsense' is not an override; it must look like section.key=value"),
     ],
 )

@@ -9,8 +9,6 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # The folders that the plain test command leaves out (pyproject.toml) are named one by one.
 PYTEST_ALONE := $(PYTEST) -o addopts="-q --import-mode=importlib --strict-markers"
-# Without an NVIDIA GPU: the CPU build of torch, hundreds of megabytes instead of gigabytes.
-CPU_TORCH := $(shell command -v nvidia-smi >/dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
 
 .PHONY: demo quick test check fix bench clean test-full test-gpu
 
@@ -31,7 +29,7 @@ test-gpu: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/gpu
 
 bench: .venv/dev.stamp
-	$(PYTEST_ALONE) -s tests/bench
+	$(BIN)/python tests/bench/bench_order.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -48,12 +46,13 @@ clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --no-deps: only torch itself is looked for on the CPU index; its dependencies come with ours.
+# torch first and pinned: whatever asks for it later finds it there. Who wants its CPU build on a machine without a GPU
+# tells pip so in the usual way (PIP_EXTRA_INDEX_URL, or a wheel in PIP_FIND_LINKS).
 .venv/run.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --retries 2 --no-deps -c constraints.txt $(CPU_TORCH) torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 

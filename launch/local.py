@@ -140,15 +140,16 @@ def run_marked(command: Sequence[str], env: dict[str, str]) -> int:
             _send(ranks, signal.SIGTERM)
         else:
             _kill_all(mark)
-            child.kill()
 
     # The runner inherits "ignored": a Ctrl-C reaches the whole group, and it must outlive its ranks.
     previous_int = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    previous_term = signal.getsignal(signal.SIGTERM)
+    previous_term = signal.signal(signal.SIGTERM, pass_on)
     try:
         child = subprocess.Popen(command, env={**env, MARK: mark})
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, pass_on)
+        signal.signal(signal.SIGINT, pass_on)
+        if num_signals:  # it came while the child was being started and found nothing to pass it on to
+            child.kill()
+            _kill_all(mark)
         code = child.wait()
         deadline_s = time.monotonic() + ORPHAN_GRACE_S
         while marked(mark, only_ranks=True):

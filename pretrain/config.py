@@ -11,10 +11,10 @@ import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pretrain.model.mask import allowed_counts
 from shards.errors import UserError
@@ -182,13 +182,18 @@ class EvalConfig(Section):
     every_steps: int = Field(default=0, ge=0)
     """0 never evaluates."""
     num_clips: int = Field(default=64, ge=1)
-    """Clips of the held-out split, the same ones every time."""
+    """Clips of the held-out split, the same ones every time; several of a video where it has fewer videos."""
+
+
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 class TrackConfig(Section):
     """What is written down. metrics.jsonl always."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(_off)] = "off"
     """Fed from metrics.jsonl. online without a key falls back to offline and prints the line that syncs."""
     project: str = "tubelet"
     """wandb project."""

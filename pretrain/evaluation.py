@@ -26,7 +26,7 @@ class Evaluation:
                 "name one of these, or set eval.every_steps=0"
             )
         self._shards, self._split = found
-        self._num_clips = min(settings.num_clips, load_manifest(self._shards).splits[self._split].num_samples)
+        self._num_clips = settings.num_clips
 
     def run(self, engine: Engine) -> dict[str, float]:
         """Mean losses over all ranks, and beside them what trivial predictors would lose. A collective."""

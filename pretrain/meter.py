@@ -18,10 +18,6 @@ import torch
 if TYPE_CHECKING:
     from pretrain.data.loader import LoaderStats
 
-BACKWARD = 2
-"""The backward pass multiplies twice for every multiplication of the forward pass. (The embedding needs no gradient
-of the pixels, which this overstates: by less than 1 % from tiny upwards, 3 % for nano.)"""
-
 PEAK_FLOPS: dict[str, tuple[float, float]] = {
     "H200 NVL": (835e12, 60e12),
     "H200": (989e12, 67e12),
@@ -48,10 +44,10 @@ class Meter:
         precision: str = "bf16",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`flops_per_clip`: matmul and attention operations of one forward pass, over the tokens that each module
-        really processes (`Pretraining.flops`); `num_clips`: global batch of a step, without fillers.
+        """`flops_per_clip`: matmul and attention operations, forward and backward, over the tokens that each module
+        really processes (`Pretraining.training_flops`); `num_clips`: global batch of a step, without fillers.
         """
-        self._flops_per_step = flops_per_clip * num_clips * (1 + BACKWARD)
+        self._flops_per_step = flops_per_clip * num_clips
         self._num_clips, self._world_size, self._device, self._clock = num_clips, world_size, device, clock
         self._peak_flops = peak_flops(device, precision)
         self._last_s: dict[str, float] = {}

@@ -134,7 +134,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         fresh = load_initial(model, Path(train.init_from))
         rank.console.say(f"weights from {train.init_from}" + (f"; new: {', '.join(fresh)}" if fresh else ""))
     meter = Meter(
-        model.flops(),
+        model.training_flops(),
         num_clips=train.global_batch,
         world_size=world.size,
         device=device,

@@ -90,10 +90,16 @@ def blocks_flops(num_tokens: int, *, width: int, mlp_width: int, depth: int) -> 
     return 2 * depth * (linears + attention)
 
 
+def embed_flops(size: Size, num_visible: int) -> int:
+    """Forward operations of the patch embedding of `num_visible` tokens."""
+    return 2 * num_visible * PATCH_VALUES * size.width
+
+
 def encoder_flops(size: Size, num_visible: int) -> int:
     """Forward operations of the encoder, embedding included, on `num_visible` tokens of one clip."""
-    embed = 2 * num_visible * PATCH_VALUES * size.width
-    return embed + blocks_flops(num_visible, width=size.width, mlp_width=size.mlp_width, depth=size.depth)
+    return embed_flops(size, num_visible) + blocks_flops(
+        num_visible, width=size.width, mlp_width=size.mlp_width, depth=size.depth
+    )
 
 
 def decoder_flops(size: Size, num_visible: int, num_masked: int) -> int:

@@ -85,8 +85,12 @@ class Pretraining(nn.Module):
         }
 
     def flops(self) -> int:
-        """Matmul and attention operations of one clip's forward pass (2 per multiply-add); backward is twice that."""
+        """Matmul and attention operations of one clip's forward pass (2 per multiply-add)."""
         return sum(objective.flops() for _, objective in self._items())
+
+    def training_flops(self) -> int:
+        """The same, forward and backward."""
+        return sum(objective.training_flops() for _, objective in self._items())
 
     def _items(self) -> list[tuple[str, Objective]]:
         return [(name, cast(Objective, objective)) for name, objective in self.objectives.items()]

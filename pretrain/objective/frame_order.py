@@ -63,6 +63,7 @@ class FrameOrder(Objective):
         self.num_moved = num_moved
         self.min_motion = config.min_motion / GREY_LEVELS
         self.num_shown = visible_cells(grid.cells, config.mask_ratio)
+        self.num_encoded = grid.slots * self.num_shown
         self.size, self.grid = size, grid
         self.norm = nn.LayerNorm(size.width, eps=HEAD_NORM_EPS)
         self.head = Linear(size.width, grid.slots)
@@ -106,7 +107,7 @@ class FrameOrder(Objective):
     def flops(self) -> int:
         """One encoder pass over the visible tubelets and the head."""
         head = 2 * self.grid.slots * self.size.width * self.grid.slots
-        return encoder_flops(self.size, self.grid.slots * self.num_shown) + head
+        return encoder_flops(self.size, self.num_encoded) + head
 
     def _order(self, key: ClipKey) -> NDArray[np.int64]:
         """Original slot of each slot: `num_moved` slots, drawn evenly, changed among themselves, none in its place."""

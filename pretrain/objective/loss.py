@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pretrain.model.sizes import Size, embed_flops
 from pretrain.model.vit import Encoder
 from shards.order import uniform
 
@@ -74,6 +75,9 @@ class Objective(nn.Module):
 
     weight: float
     """Weight of this loss in the sum."""
+    size: Size
+    num_encoded: int
+    """Tokens of a clip that pass through the encoder."""
 
     def plan(self, keys: ClipKeys) -> dict[str, Tensor]:
         """Draw the masks and permutations of a micro batch: int64 CPU tensors, first dimension B."""
@@ -84,6 +88,13 @@ class Objective(nn.Module):
     ) -> Loss:
         """Loss of each clip. With `baselines` also what trivial predictors would lose, as further parts."""
         raise NotImplementedError
+
+    def training_flops(self) -> int:
+        """Of one clip, forward and backward: backward multiplies twice for each multiplication of forward.
+
+        Only the embedding needs half of that: nobody asks for the gradient of the pixels.
+        """
+        return 3 * self.flops() - embed_flops(self.size, self.num_encoded)
 
     def flops(self) -> int:
         """Matmul and attention operations of one clip's forward pass, encoder passes included (2 per multiply-add)."""

@@ -44,6 +44,7 @@ class MaskedFrame(Objective):
         self.mask_ratio = config.mask_ratio
         self.allowed = allowed_counts(grid.slots, grid.cells, config.mask_ratio, config.num_frames_masked)
         self.size, self.grid = size, grid
+        self.num_encoded = grid.slots * visible_cells(grid.cells, config.mask_ratio)
         self.decoder = Decoder(size, grid.num_tokens, activation_checkpointing=activation_checkpointing)
 
     def plan(self, keys: ClipKeys) -> dict[str, Tensor]:
@@ -80,9 +81,8 @@ class MaskedFrame(Objective):
 
     def flops(self) -> int:
         """One encoder pass over the visible tubelets, the decoder over all."""
-        num_visible = self.grid.slots * visible_cells(self.grid.cells, self.mask_ratio)
-        num_masked = self.grid.num_tokens - num_visible
-        return encoder_flops(self.size, num_visible) + decoder_flops(self.size, num_visible, num_masked)
+        num_masked = self.grid.num_tokens - self.num_encoded
+        return encoder_flops(self.size, self.num_encoded) + decoder_flops(self.size, self.num_encoded, num_masked)
 
     @torch.no_grad()
     def _baselines(

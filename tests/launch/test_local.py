@@ -181,14 +181,22 @@ def test_killing_the_process_group_leaves_nothing(stand_in: StandIn) -> None:
 
 def test_a_signal_before_any_rank_is_up_ends_the_start(stand_in: StandIn) -> None:
     with stand_in.start("hang", 2) as process:
-        wait_until(lambda: children(process.pid), 30)
+        wait_until(lambda: marked_child(process.pid), 30)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 75
     assert not (stand_in.run / "rank-0.json").exists()
 
 
-def children(pid: int) -> str:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+def marked_child(pid: int) -> bool:
+    """Whether a process has a child that carries a mark: then its start is under way."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(word.startswith(f"{local.MARK}={pid}:".encode()) for word in words):
+            return True
+    return False
 
 
 @pytest.mark.parametrize("ranks", [0, 1000])

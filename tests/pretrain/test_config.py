@@ -68,6 +68,11 @@ def test_run_dir_defaults_to_the_name_of_the_config(tmp_path: Path, tiny_config:
     assert load_config(tmp_path / "mine.yaml").run.dir == "runs/mine"
 
 
+def test_a_bare_off_means_off(tiny_config: Callable[..., Path]) -> None:
+    assert load_config(tiny_config(), ["track.wandb=off"]).track.wandb == "off"
+    assert load_config(tiny_config(), ["track.wandb=offline"]).track.wandb == "offline"
+
+
 def test_an_unknown_key_names_the_nearest(tiny_config: Callable[..., Path]) -> None:
     assert problems(tiny_config(), "data.framse=8") == [
         "data.framse is not a key; the nearest is data.frames: use that, or `tubelet config` to list every key"

@@ -48,9 +48,10 @@ def test_table_of_positions_follows_its_formula():
 
 
 def test_embed_starts_as_the_convolution_does():
+    torch.manual_seed(0)
     weight = Embed(512).weight.detach()
     bound = 1 / math.sqrt(PATCH_VALUES)
-    assert float(weight.abs().max()) <= bound
+    assert float(weight.abs().max()) <= bound * (1 + 1e-6)  # the bound itself, rounded to fp32
     assert abs(float(weight.std()) - bound / math.sqrt(3)) < 1e-4
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pretrain.model.mask import allowed_counts
 from shards.errors import UserError
@@ -31,10 +32,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or URL. No shell expands a ~ that follows an equals sign, so this does."""
+
+
 class RunConfig(Section):
     """Where the run lives and what makes its randomness."""
 
-    dir: str
+    dir: LocalPath
     """Run folder: a POSIX path that all nodes see. Default: runs/NAME-OF-THE-CONFIG."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of order, crops, masks and initial weights."""
@@ -43,12 +48,12 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Which videos, which frames of them, and how they reach the model."""
 
-    shards: str
+    shards: LocalPath
     """Folder or manifest URL of a packed data set."""
     split: str = "train"
     """Split of `data.shards` to train on."""
-    eval_shards: str | None = None
-    """Packed data set for the held-out loss. Default: `data.eval_split` of `data.shards`, if it has one."""
+    eval_shards: LocalPath | None = None
+    """Packed data set for the held-out loss. Default: `data.shards`; nothing is evaluated if it holds nothing out."""
     eval_split: str = "val"
     """Split that is held out from training."""
     frames: int = Field(default=16, ge=2)
@@ -99,7 +104,7 @@ class FrameOrderConfig(Section):
     num_moved: int | None = Field(default=None, ge=2)
     """Slots put out of place. Default: all of them."""
     min_motion: float = Field(default=1.0, ge=0)
-    """Clips whose neighbouring slots differ by less on average (grey levels of 255) ask no order question (counted)."""
+    """Slots that differ less from a neighbour (mean grey levels of 255) are not asked about (counted)."""
 
 
 class ObjectiveConfig(Section):
@@ -127,7 +132,7 @@ class TrainConfig(Section):
     """Clips per rank and forward pass. Accumulation follows from it: global / (micro x ranks)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the forward and backward pass. Master weights, moments and gradient sums are always fp32."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """Run folder, checkpoint or export whose weights a new run starts from (not its position or optimizer)."""
     deterministic: bool | None = None
     """Bit-identical resume. Default: on for CPU, off for GPUs (costs speed there)."""
@@ -246,8 +251,8 @@ class Config(Section):
         yield from self._mask_problems()
         moved = self.objective.frame_order.num_moved if self.objective.frame_order else None
         num_slots = self.data.frames // TUBELET_FRAMES
-        if self.objective.frame_order and num_slots < 2:
-            yield f"data.frames is {self.data.frames}; objective.frame_order needs two slots to swap: use 4 or more"
+        if self.objective.frame_order and num_slots < 3:
+            yield f"data.frames is {self.data.frames}; objective.frame_order needs three slots of two: use 6 or more"
         if moved is not None and moved > num_slots:
             yield f"objective.frame_order.num_moved is {moved}; a clip has {num_slots} slots: use {num_slots} or less"
         if self.train.global_batch % self.data.clips_per_video:
@@ -358,7 +363,7 @@ def _apply(raw: dict[str, Any], override: str) -> Iterator[str]:
         yield f"{override!r} is not an override; it must look like section.key=value: for example train.steps=100"
         return
     try:
-        value = yaml.safe_load(text) if text else None
+        value = text if _is_text(key) and text not in ("", "null") else yaml.safe_load(text or "null")
     except yaml.YAMLError:
         value = text
     node = raw
@@ -369,6 +374,19 @@ def _apply(raw: dict[str, Any], override: str) -> Iterator[str]:
             child = node[name] = {}
         node = cast(dict[str, Any], child)
     node[last] = value
+
+
+def _is_text(key: str) -> bool:
+    """Whether the value of a key is free text, such as a path: then a `#`, a `: ` or a number in it is meant."""
+    section: type[BaseModel] = Config
+    annotation: Any = None
+    for name in key.split("."):
+        field = section.model_fields.get(name)
+        if field is None:
+            return False
+        annotation = field.annotation
+        section = _section_of(annotation) or section
+    return annotation is str or str in getattr(annotation, "__args__", ())
 
 
 def _sentence(raw: Mapping[str, Any], item: dict[str, Any]) -> str:

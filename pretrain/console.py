@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -74,7 +75,7 @@ class Console:
         """How it ended, and the command to type next."""
         self.say(f"{outcome.outcome}: {outcome.reason}")
         if outcome.outcome == "finished":
-            self.say(f"next: tubelet report {config.run.dir}")
+            self.say(f"next: tubelet report {shlex.quote(config.run.dir)}")
 
 
 def _duration(seconds: float) -> str:

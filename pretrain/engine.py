@@ -6,11 +6,13 @@ averages over ranks, so the loss of a micro batch is multiplied by both first (C
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -96,6 +98,18 @@ def _deepspeed() -> Any:
     return cast(Any, deepspeed)
 
 
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """DeepSpeed prints memory figures while it builds its optimizers: into the log with them."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        if printed.getvalue():
+            logging.getLogger(__name__).info("deepspeed: %s", printed.getvalue().strip())
+
+
 def deepspeed_config(
     train: TrainConfig, zero: ZeroConfig, *, world_size: int, num_micro_steps: int, num_parameters: int
 ) -> dict[str, Any]:
@@ -157,12 +171,13 @@ class Engine:
             num_parameters=sum(p.numel() for p in model.parameters()),
         )
         model.to(device)
-        built = _deepspeed().initialize(
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            config=settings,
-        )
+        with _quiet():
+            built = _deepspeed().initialize(
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                config=settings,
+            )
         self._engine: Any = built[0]
         self._sharded: Any = built[1]
         self._optimizer: torch.optim.Optimizer = optimizer if zero.stage == 0 else self._sharded.optimizer

@@ -18,13 +18,7 @@ class Evaluation:
     def __init__(self, data: DataConfig, settings: EvalConfig, *, micro_batch: int, seed: int, world: World) -> None:
         self._data, self._micro_batch, self._seed, self._world = data, micro_batch, seed, world
         found = held_out_shards(data)
-        if found is None:
-            shards = data.eval_shards or data.shards
-            splits = ", ".join(sorted(load_manifest(shards).splits))
-            raise UserError(
-                f"data.eval_split is {data.eval_split}; {shards} has {splits}: "
-                "name one of these, or set eval.every_steps=0"
-            )
+        assert found is not None, "only made where something is held out"
         self._shards, self._split = found
         self._num_clips = settings.num_clips
 
@@ -46,6 +40,17 @@ class Evaluation:
 
 
 def held_out_shards(data: DataConfig) -> tuple[str, str] | None:
-    """(shards, split) of the held-out data; None where the data set has no such split."""
+    """(shards, split) of the held-out data; None where `data.shards` holds nothing out and nothing else is named.
+
+    Raises `UserError` where `data.eval_shards` is named and has no such split.
+    """
     shards = data.eval_shards or data.shards
-    return (shards, data.eval_split) if data.eval_split in load_manifest(shards).splits else None
+    splits = load_manifest(shards).splits
+    if data.eval_split in splits:
+        return shards, data.eval_split
+    if data.eval_shards is None:
+        return None
+    raise UserError(
+        f"data.eval_split is {data.eval_split}; {shards} has {', '.join(sorted(splits))}: "
+        "name one of these, or set eval.every_steps=0"
+    )

@@ -49,7 +49,7 @@ class Recovery:
         if chosen is None:
             return 0
         facts = chosen.facts
-        self.changes = (*facts.changes, *self._compare(facts, allow_change))
+        self.changes = (*facts.changes, *compare(facts, self.config, self.run_dir, allow_change=allow_change))
         self.engine.restore(chosen.read, facts.optimizer_steps)
         self.engine.restore_buffers(lambda name: chosen.read(name, "buffer", 0, chosen.numel(name, "buffer")))
         self.loader.load_state_dict(facts.cursor)
@@ -117,24 +117,39 @@ class Recovery:
             raise checkpoint.none_whole(self.run_dir, problems or ["(see the logs of the other ranks)"])
         return None
 
-    def _compare(self, facts: Facts, allow_change: bool) -> list[str]:
-        """C8: free keys may differ, some with --change, the others never; all problems at once."""
-        saved, found = parse(facts.config)
-        if saved is None:
-            raise UserError(f"the config in the checkpoint of step {facts.step} is not readable: {'; '.join(found)}")
-        recorded: list[str] = []
-        refused: list[str] = []
-        for key, old, new, rule in differences(saved, self.config):
-            line = f"{key} was {old} and is {new}"
-            if rule == "recorded" and allow_change:
-                recorded.append(f"step {facts.step}: {line}")
-            elif rule == "recorded":
-                refused.append(f"{line}; add --change to go on with the new value")
-            elif rule == "refused":
-                refused.append(f"{line}; that makes another run: use run.dir=NEW train.init_from={self.run_dir}")
-        if refused:
-            raise UserError(f"{self.run_dir} holds a run with another config:\n  " + "\n  ".join(refused))
-        return recorded
+
+def refuse_other_run(run_dir: Path, config: Config, *, allow_change: bool) -> None:
+    """Compare with the newest manifest that can be read, before anything is started or written."""
+    for folder in checkpoint.candidates(run_dir):
+        try:
+            facts = Checkpoint(folder).facts
+        except BrokenCheckpoint:
+            continue
+        compare(facts, config, run_dir, allow_change=allow_change)
+        return
+
+
+def compare(facts: Facts, config: Config, run_dir: Path, *, allow_change: bool) -> list[str]:
+    """C8: free keys may differ, some with --change, the others never. Returns what is to be recorded.
+
+    Raises `UserError` with all problems at once.
+    """
+    saved, found = parse(facts.config)
+    if saved is None:
+        raise UserError(f"the config in the checkpoint of step {facts.step} is not readable: {'; '.join(found)}")
+    recorded: list[str] = []
+    refused: list[str] = []
+    for key, old, new, rule in differences(saved, config):
+        line = f"{key} was {old} and is {new}"
+        if rule == "recorded" and allow_change:
+            recorded.append(f"step {facts.step}: {line}")
+        elif rule == "recorded":
+            refused.append(f"{line}; add --change to go on with the new value")
+        elif rule == "refused":
+            refused.append(f"{line}; that makes another run: use run.dir=NEW train.init_from={run_dir}")
+    if refused:
+        raise UserError(f"{run_dir} holds a run with another config:\n  " + "\n  ".join(refused))
+    return recorded
 
 
 def load_initial(model: torch.nn.Module, path: Path) -> list[str]:

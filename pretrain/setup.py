@@ -21,13 +21,13 @@ from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine, join_ranks
-from pretrain.evaluation import Evaluation
+from pretrain.evaluation import Evaluation, held_out_shards
 from pretrain.gallery import draw_held_out
 from pretrain.ledger import Journal, Ledger
 from pretrain.meter import Meter
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
-from pretrain.recovery import Recovery, load_initial
+from pretrain.recovery import Recovery, load_initial, refuse_other_run
 from pretrain.redact import without_secrets
 from pretrain.stop import StopAgreement, watch_parents
 from pretrain.track import Tracker
@@ -52,8 +52,6 @@ class Rank:
     agreement: Agreement
     attempt: int
     console: Console
-    finished: Outcome | None
-    """Set where the run was finished before: there is nothing to do."""
 
     def close(self, trainer: Trainer, outcome: Outcome) -> None:
         """Leave in order: write the outcome, end the helpers, close the group."""
@@ -79,10 +77,17 @@ class Rank:
             self.console.say(f"pictures could not be drawn: {error} (see logs/rank-0.log)")
 
 
-def prepare(config: Config) -> Rank:
-    """Make the run folder, join the ranks, take the attempt number. A finished run is told so here."""
+def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
+    """Make the run folder, join the ranks, take the attempt number; or say that the run is finished.
+
+    A config that is another run's is refused before anything in its folder is touched.
+    """
     world = world_from_environment()
     run_dir = Path(config.run.dir)
+    refuse_other_run(run_dir, config, allow_change=allow_change)
+    finished = _finished(run_dir, config.train.steps)
+    if finished is not None:
+        return finished
     if world.size > config.train.global_batch:
         raise UserError(
             f"train.global_batch is {config.train.global_batch}; each of {world.size} ranks needs at least one clip: "
@@ -91,15 +96,13 @@ def prepare(config: Config) -> Rank:
     device = join_ranks(world, config.limits.collective_timeout_s)
     watch_parents()
     agreement = Agreement()
-    finished = _finished(run_dir, config.train.steps)
     attempt = 0
-    if finished is None:
-        if world.is_first:
-            _make_run_folder(run_dir, config)
-            attempt = take_attempt(run_dir, world.size)
-        attempt = agreement.from_first(attempt)
-        _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
-    return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first), finished)
+    if world.is_first:
+        _make_run_folder(run_dir, config)
+        attempt = take_attempt(run_dir, world.size)
+    attempt = agreement.from_first(attempt)
+    _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
+    return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first))
 
 
 def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
@@ -155,7 +158,9 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     recovery = Recovery(rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions())
     start = recovery.resume(allow_change=allow_change)
     evaluation = None
-    if config.eval.every_steps:
+    if config.eval.every_steps and held_out_shards(data) is None:
+        rank.console.say(f"eval     none: {data.shards} holds nothing out (no split {data.eval_split})")
+    elif config.eval.every_steps:
         evaluation = Evaluation(data, config.eval, micro_batch=train.micro_batch, seed=config.run.seed, world=world)
     tracker = Tracker(rank.run_dir, rank.attempt, config.track, is_first=world.is_first, resumed_from=start)
     stop = StopAgreement(rank.run_dir, world, rank.agreement)

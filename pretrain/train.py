@@ -143,14 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise UserError("no config was given: python -m pretrain.train CONFIG.yaml [section.key=value …]")
         config = load_config(files[0], files[1:])
         run_dir = Path(config.run.dir)
-        rank = prepare(config)
-        attempt = rank.attempt
-        outcome = rank.finished
-        if outcome is None:
+        rank = prepare(config, allow_change="--change" in words)
+        if isinstance(rank, Outcome):
+            outcome = rank
+        else:
+            attempt = rank.attempt
             trainer, start = start_run(rank, allow_change="--change" in words)
             outcome = trainer.train(start)
             rank.close(trainer, outcome)
-        rank.console.end(config, outcome)
+        Console(is_first).end(config, outcome)
     except UserError as error:
         if record_outcome(run_dir, attempt, Outcome("person", 0, str(error))) if attempt else is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -47,6 +47,20 @@ def test_a_finished_run_says_so(half: Path) -> None:
     assert "is finished (step 2)" in output
 
 
+def test_a_refused_start_leaves_no_trace(half: Path) -> None:
+    run_dir = half.parent / "run"
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    fail(half, "data.stride=3")
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_without_a_held_out_split_nothing_is_evaluated(half: Path, tmp_path: Path) -> None:
+    output = ranks.train(half, 1, f"run.dir={tmp_path / 'run'}", "data.eval_split=none")[0]
+    assert "holds nothing out" in output
+    other = f"data.eval_shards={tmp_path}"
+    assert "manifest" in fail(half, f"run.dir={tmp_path / 'other'}", other)
+
+
 def test_another_data_or_seed_is_refused_and_names_both_values(half: Path) -> None:
     output = fail(half, "train.steps=4", "run.seed=4", "data.stride=3", "--change")
     assert "run.seed was 3 and is 4" in output

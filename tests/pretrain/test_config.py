@@ -68,6 +68,20 @@ def test_run_dir_defaults_to_the_name_of_the_config(tmp_path: Path, tiny_config:
     assert load_config(tmp_path / "mine.yaml").run.dir == "runs/mine"
 
 
+@pytest.mark.parametrize(
+    ("override", "key", "meant"),
+    [
+        ("data.shards=d/my #1: data", "data.shards", "d/my #1: data"),
+        ("run.dir=2024", "run.dir", "2024"),
+        ("run.dir=~/runs/x", "run.dir", str(Path.home() / "runs" / "x")),
+        ("train.init_from=", "train.init_from", None),
+    ],
+)
+def test_paths_are_taken_as_typed(tiny_config: Callable[..., Path], override: str, key: str, meant: str | None) -> None:
+    """No shell expands a ~ after an equals sign; YAML would cut at a # and make a number of 2024."""
+    assert value_of(load_config(tiny_config(), [override]), key) == meant
+
+
 def test_a_bare_off_means_off(tiny_config: Callable[..., Path]) -> None:
     assert load_config(tiny_config(), ["track.wandb=off"]).track.wandb == "off"
     assert load_config(tiny_config(), ["track.wandb=offline"]).track.wandb == "offline"

@@ -4,7 +4,10 @@ DeepSpeed; and the one place that prints a `UserError`."""
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -24,6 +27,8 @@ app = typer.Typer(
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 USER_MISTAKE = 2
+NEXT = "next: "
+NARROWEST = 20
 
 
 def main() -> NoReturn:
@@ -38,7 +43,34 @@ def main() -> NoReturn:
 
 def show(result: dict[str, Any], as_json: bool, *lines: str) -> None:
     """A result for a machine or for a person; the last line for a person is the next command to type."""
-    print(json.dumps(result, indent=1) if as_json else "\n".join(lines), flush=True)
+    if as_json:
+        print(json.dumps(result, indent=1), flush=True)
+        return
+    text = "\n".join(lines)
+    print(fold(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
+
+
+def fold(text: str, width: int) -> str:
+    """Break lines at blanks to fit a terminal, what follows indented; a command to type stays in one piece."""
+    folded: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width or line.startswith(NEXT):
+            folded.append(line)
+            continue
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        folded += textwrap.wrap(
+            line,
+            max(width, NARROWEST),
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(folded)
+
+
+def hint(*words: object) -> str:
+    """The next command to type, quoted for the shell."""
+    return f"{NEXT}tubelet {shlex.join(map(str, words))}"
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -83,7 +115,7 @@ def pack(
         {"folder": str(dst), "manifest": json.loads(summary.manifest.to_json()), "rejected": summary.rejected},
         as_json,
         *summary.lines(),
-        f"next: tubelet pretrain configs/laptop.yaml data.shards={dst}",
+        hint("pretrain", "configs/laptop.yaml", f"data.shards={dst}"),
     )
 
 
@@ -93,12 +125,13 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that every shard is readable and equals its manifest. Exit code 1 if not."""
+    from launch.progress import shard_lines
     from shards.verify import verify as verify_shards
 
-    problems = verify_shards(url)
+    problems = verify_shards(url, shard_lines(quiet=as_json))
     lines = [str(problem) for problem in problems] or [f"{url}: every shard and every sample is what was packed"]
     if not problems:
-        lines.append(f"next: tubelet pretrain configs/laptop.yaml data.shards={url}")
+        lines.append(hint("pretrain", "configs/laptop.yaml", f"data.shards={url}"))
     show({"url": url, "problems": [str(problem) for problem in problems]}, as_json, *lines)
     if problems:
         raise typer.Exit(1)
@@ -109,14 +142,17 @@ def verify(
 
 @app.command()
 def config(
-    path: Annotated[Path | None, typer.Argument(help="A config; without one, the defaults.")] = None,
+    path: Annotated[str | None, typer.Argument(help="A config; without one, the defaults.", metavar="CONFIG")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Every key: value, where it comes from, meaning."""
     from launch.configs import describe
 
-    rows = describe(path, overrides or [])
+    changes = overrides or []
+    if path is not None and "=" in path and not Path(path).is_file():  # no config: the first override
+        path, changes = None, [path, *changes]
+    rows = describe(None if path is None else Path(path), changes)
     show({row.key: row.value for row in rows}, as_json, *(row.line() for row in rows))
 
 
@@ -138,10 +174,12 @@ def pretrain(
 @app.command()
 def audit(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
     """Prove from the ledger what was seen. Exit codes: 0 exact, 3 exact but for listed exceptions, 1 violated."""
+    from launch.report import check_run_folder
     from pretrain.witness import audit_run
 
+    check_run_folder(run)
     result = audit_run(run)
-    show(result.to_json(), as_json, *result.lines, f"next: tubelet report {run}")
+    show(result.to_json(), as_json, *result.lines, hint("report", run))
     raise typer.Exit(result.exit_code)
 
 
@@ -152,22 +190,37 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Rebuild the batch of one step on this machine's CPU, compare it with the ledger, and draw it."""
+    from launch.report import check_run_folder
     from pretrain.replay import replay_step
 
+    check_run_folder(run)
     result = replay_step(run, step)
-    show(result.to_json(), as_json, *result.lines(), f"next: tubelet audit {run}")
+    show(result.to_json(), as_json, *result.lines(), hint("audit", run))
     if not result.matches:
         raise typer.Exit(1)
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
-    """One self-contained HTML page: curves, rates, restarts, pictures, the audit."""
+    """One self-contained HTML page: curves, rates, restarts, pictures, the audit where one can be made."""
+    from launch.report import check_run_folder
     from launch.report import report as write_report
     from pretrain.witness import audit_run
 
-    page = write_report(run, audit_run(run))
-    show({"report": str(page)}, as_json, f"report: {page}", f"next: tubelet export {run} {run / 'export'}")
+    check_run_folder(run)
+    result, why_no_audit = None, ""
+    try:
+        result = audit_run(run)
+    except UserError as error:
+        why_no_audit = str(error)
+    page = write_report(run, result, why_no_audit=why_no_audit)
+    lines = [f"report: {page}"] + [f"without an audit: {why_no_audit}"] * bool(why_no_audit)
+    show(
+        {"report": str(page), "audit": None if result is None else result.exit_code, "why_no_audit": why_no_audit},
+        as_json,
+        *lines,
+        hint("export", run, run / "export"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ exports
@@ -186,7 +239,7 @@ def export(
     from pretrain.export import export as export_run
 
     result = export_run(run, dst, biases=biases)
-    show(result.to_json(), as_json, *result.lines(), f"next: tubelet probe {dst} DATA")
+    show(result.to_json(), as_json, *result.lines(), hint("probe", dst, "DATA"))
 
 
 @app.command()
@@ -198,10 +251,12 @@ def reconstruct(
     as_json: AsJson = False,
 ) -> None:
     """Original, masked and filled-in side by side as a video."""
+    from launch.progress import packing_progress
     from pretrain.downstream.reconstruct import reconstruct as write_video
 
-    result = write_video(export_dir, video, out, seed=seed)
-    show(result.to_json(), as_json, *result.lines(), f"next: tubelet probe {export_dir} DATA")
+    with packing_progress(quiet=as_json) as progress:
+        result = write_video(export_dir, video, out, seed=seed, progress=progress)
+    show(result.to_json(), as_json, *result.lines(), hint("probe", export_dir, "DATA"))
 
 
 @app.command()
@@ -211,10 +266,12 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """k nearest neighbours on labelled videos, beside the same network with random weights."""
+    from launch.progress import packing_progress
     from pretrain.downstream.knn import probe as run_probe
 
-    result = run_probe(export_dir, data)
-    show(result.to_json(), as_json, *result.lines(), f"next: tubelet reconstruct {export_dir} VIDEO OUT.mp4")
+    with packing_progress(quiet=as_json) as progress:
+        result = run_probe(export_dir, data, progress=progress)
+    show(result.to_json(), as_json, *result.lines(), hint("reconstruct", export_dir, "VIDEO", "OUT.mp4"))
 
 
 if __name__ == "__main__":

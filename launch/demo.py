@@ -2,7 +2,7 @@
 
     films ─ pack ─ pretrain ─ SIGKILL ─ pretrain ─ audit ─ export ─ probe ─ reconstruct ─ report
 
-Run by `make demo` from the project folder. It starts afresh each time: data/demo and runs/demo are its own.
+Run by `make demo` from the project folder. It starts afresh each time: the folders of `OWN` are removed, no other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from shards.errors import UserError
 FILMS = Path("configs/clips")
 CONFIG = Path("configs/demo.yaml")
 DATA = Path("data/demo")
+CUT = Path("data/demo-cut")
+PIECES = Path("data/demo-pieces")
 RUN = Path("runs/demo")
+OWN = (RUN, DATA, CUT, PIECES, *(folder.with_name(f"{folder.name}.partial") for folder in (DATA, CUT)))
+"""Every folder that a demo makes; packing makes the last two, and leaves them where it is interrupted."""
+
 VIDEO = FILMS / "city_320x180_h264.mp4"
 
 PIECE_FRAMES = 32
@@ -40,11 +45,10 @@ def main() -> None:
         raise UserError(f"{CONFIG} is not here; the demo must run in the project folder: cd there, then make demo")
     start_afresh()
     tell(f"1  Pack three films into shards, cut into pieces of about {PIECE_FRAMES} frames.")
-    pieces = DATA.with_name("demo-pieces")
-    tubelet("pack", FILMS, DATA.with_name("demo-cut"), "--max-frames", PIECE_FRAMES, "--short-side", 180)
-    hold_out(DATA.with_name("demo-cut"), pieces)
-    tell(f"   One piece in {HOLD_OUT_EVERY} is held out: {pieces}/val. Labels are the films.")
-    tubelet("pack", pieces, DATA, "--preset", "copy")
+    tubelet("pack", FILMS, CUT, "--max-frames", PIECE_FRAMES, "--short-side", 180)
+    hold_out(CUT, PIECES)
+    tell(f"   One piece in {HOLD_OUT_EVERY} is held out: {PIECES}/val. Labels are the films.")
+    tubelet("pack", PIECES, DATA, "--preset", "copy")
 
     train = ("pretrain", CONFIG, "--ranks", 2)
     tell("2  Pretrain on two CPU ranks. After a checkpoint, SIGKILL to all of it.")
@@ -64,12 +68,15 @@ def main() -> None:
 
 
 def start_afresh() -> None:
-    """Remove what an earlier demo left, and say so."""
-    old = [path for path in (RUN, DATA, *DATA.parent.glob("demo-*")) if path.exists()]
+    """Remove what an earlier demo left, and say so. A link in the place of a folder goes, what it names stays."""
+    old = [path for path in OWN if path.is_symlink() or path.is_dir()]
     if old:
         tell(f"An earlier demo is removed: {', '.join(map(str, old))}. Starting afresh.")
     for path in old:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 def hold_out(packed: Path, pieces: Path) -> None:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines now and then elsewhere, nothing for JSON."""
+"""Progress of long work, on stderr: a bar on a terminal, plain lines now and then elsewhere, nothing for JSON."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def packing_progress(*, quiet: bool) -> Generator[Callable[[PackProgress], None]
         yield _plain_lines()
 
 
+def shard_lines(*, quiet: bool) -> Callable[[str], None] | None:
+    """Gives what `shards.verify.verify` reports to: a line per tar."""
+    return None if quiet else lambda name: print(f"checking {name}", file=sys.stderr, flush=True)
+
+
 def _bar() -> Generator[Callable[[PackProgress], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +43,7 @@ def _bar() -> Generator[Callable[[PackProgress], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks = {
-            "convert": bar.add_task("videos", total=None, note=""),
+            "convert": bar.add_task("videos", total=None, note="", visible=False),
             "write": bar.add_task("shards", total=None, note="", visible=False),
         }
 

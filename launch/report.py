@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from launch.page import PAGE
 from launch.plot import Curve, Format, number, percent, plot
 from launch.run_folder import Attempt, Run, read_run
+from pretrain.redact import without_secrets
 from shards.errors import UserError
 from shards.storage import write_atomic
 
@@ -39,15 +40,24 @@ OUTCOMES = {
 }
 
 
-def report(run_dir: Path, audit: AuditResult | None = None) -> Path:
-    """Write RUN/report.html from what the run folder holds, and the audit's result if it was made. Returns its path."""
+def check_run_folder(run_dir: Path) -> None:
+    """Raise UserError unless a run has been here."""
     if not any((run_dir / name).exists() for name in ("config.yaml", "metrics.jsonl", "attempts")):
         raise UserError(
             f"{run_dir} is not a run folder (no config.yaml, metrics.jsonl or attempts in it); "
             "give the folder that run.dir named: for example runs/demo"
         )
+
+
+def report(run_dir: Path, audit: AuditResult | None = None, *, why_no_audit: str = "") -> Path:
+    """Write RUN/report.html from what the run folder holds, and the audit's result if it was made. Returns its path.
+
+    `why_no_audit` is said in its place. Raises UserError where no run has been.
+    """
+    check_run_folder(run_dir)
     run = read_run(run_dir)
-    sections = [_learning(run), _pictures(run), _objectives(run), _reliability(run, audit), _speed(run), _setup(run)]
+    trust = _reliability(run, audit, why_no_audit)
+    sections = [_learning(run), _pictures(run), _objectives(run), trust, _speed(run), _setup(run)]
     name = escape(run.folder.name)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     html = PAGE.format(
@@ -193,10 +203,11 @@ def _speed(run: Run) -> str:
     return _group("How fast, and with what", cards, "No rate was logged yet.")
 
 
-def _reliability(run: Run, audit: AuditResult | None) -> str:
+def _reliability(run: Run, audit: AuditResult | None, why_no_audit: str) -> str:
     body = _timeline(run)
     if audit is None:
-        body += "<p>No audit was made for this page.</p>"
+        reason = f": {without_secrets(why_no_audit)}" if why_no_audit else "."
+        body += f"<p>No audit was made for this page{escape(reason)}</p>"
     else:
         style, _ = VERDICTS[audit.exit_code]
         body += f'<pre class="audit {style}">{escape(chr(10).join(audit.lines))}</pre>'

@@ -114,7 +114,8 @@ def export_state(
     architecture = "VideoMAEForPreTraining" if has_decoder else "VideoMAEModel"
     theirs = names.to_transformers(state, biases=biases)
     notes = () if has_decoder else ("the run has no masked_frame objective: the folder holds the encoder only",)
-    staging = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    place = dst.resolve()  # a link is followed, so that the last rename stays on one file system
+    staging = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
@@ -134,7 +135,7 @@ def export_state(
             has_decoder=has_decoder,
         )
         (staging / CARD_FILE).write_text(card)
-        _put_in_place(staging, dst)
+        _put_in_place(staging, place)
     except OSError as error:
         raise UserError(
             f"export to {dst} failed ({error.strerror}: {error.filename}); give a writable place"
@@ -146,6 +147,12 @@ def export_state(
 
 def check_destination(dst: Path) -> None:
     """Refuse to write over anything but an earlier export. Raises `UserError`."""
+    place = dst.resolve()
+    if not place.name or place == Path.cwd():
+        raise UserError(
+            f"export folder is {dst}; it must not be the root or the folder you are in, as it is put in place whole: "
+            "give another name, like runs/NAME/export"
+        )
     if not dst.exists():
         return
     if not dst.is_dir():

@@ -113,6 +113,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 def read_geometry(folder: Path) -> tuple[Geometry, dict[str, Any]]:
     """Shapes from config.json and the content of tubelet.json, without reading weights. Raises `UserError`."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; EXPORT must be a folder that `tubelet export` wrote: give that")
     architecture = _read_json(folder / CONFIG_FILE, required=True)
     provenance = _read_json(folder / PROVENANCE_FILE, required=False)
     required: dict[str, Any] = {

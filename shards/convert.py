@@ -1,8 +1,8 @@
 """One file becomes its samples, in a child process with limits.
 
 A decoder fed with strange bytes may run for ever, take all memory or crash. So each file is probed and encoded in a
-child that can die without harm: it has a limit of address space, and a limit of CPU time that every decoded frame
-renews. A child serves one file after the other; only after a death is a new one started.
+child that can die without harm: it has a limit of address space (Linux), and a limit of CPU time that every decoded
+frame renews. A child serves one file after the other; only after a death is a new one started.
 
     parent --(one JSON line: Job)--> child --(one JSON line: Outcome)--> parent;  videos travel as files in a folder
 """
@@ -281,8 +281,7 @@ def main() -> None:
     while True:
         job = Job.from_json(lines.get())
         if not limited:
-            most_bytes = _address_space_bytes() + job.limits.memory_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+            _limit_memory(job.limits.memory_bytes)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             limited = True
         outcome = run_job(job, _renewer(job.limits.stall_cpu_s))
@@ -292,6 +291,13 @@ def main() -> None:
             outcome = Outcome(reason="unwritable", detail=str(error))
         answers.write(outcome.to_json() + "\n")
         answers.flush()
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """Let this process take so much more address space. On Linux only: macOS refuses the call."""
+    if sys.platform == "linux":
+        most_bytes = _address_space_bytes() + more_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
 
 
 def _address_space_bytes() -> int:

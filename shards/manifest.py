@@ -141,6 +141,12 @@ def _records(scan: Scan, shard: int, numbers: dict[str, int]) -> Records:
 def load_manifest(url: str) -> Manifest:
     """The manifest of a packed folder, given the folder or manifest.json itself. Raises UserError if there is none."""
     where = manifest_url(url)
+    path = storage.local_path(url)
+    if path is not None and path.name != MANIFEST_NAME and path.is_file():
+        raise UserError(
+            f"{url} is a file that is no {MANIFEST_NAME}; a data set is named by the folder that `tubelet pack` made, "
+            f"or by the {MANIFEST_NAME} in it: give one of the two"
+        )
     try:
         return Manifest.from_json(storage.read_bytes(where), where)
     except FileNotFoundError as error:

@@ -126,6 +126,11 @@ class PackSummary:
                 f"{split.max_frames} each), {num_bytes / 1e6:.1f} MB in {len(split.shards)} tars"
             )
         lines.append(self.rule.text)
+        if "val" not in self.manifest.splits:
+            lines.append(
+                "nothing is held out, so training will not evaluate; to hold something out, pack two source files or "
+                "more with --val-fraction above 0, or give splits (folders train/ and val/, or a column split)"
+            )
         if self.manifest.labels:
             lines.append(f"labels: {len(self.manifest.labels)}")
         if self.rejected:
@@ -153,9 +158,10 @@ def pack(
     cannot be used are not errors: they are listed with the reason in rejected.jsonl and counted in the summary.
     """
     options.check()
-    partial = dst.absolute().with_name(dst.absolute().name + ".partial")
     _check_destination(dst)
-    listing = list_sources(src, exclude=(dst, partial))
+    place = dst.resolve()  # a link is followed, so that the last rename stays on one file system
+    partial = place.with_name(place.name + ".partial")
+    listing = list_sources(src, exclude=(place, partial))
     report = progress or _say_nothing
     with _partial_folder(partial, dst):
         outcomes, num_reused = _convert_all(listing, partial / "staging", options, report)
@@ -166,8 +172,8 @@ def pack(
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
             shutil.rmtree(partial)
             raise UserError(
-                f"{src} holds no usable video: all {len(outcomes)} files were rejected ({counts}; for example {name}: "
-                f"{outcome.reason}, {outcome.detail}); mend or replace them"
+                f"{src} holds no usable video: all {len(outcomes)} files were rejected ({counts}; for example "
+                f"{_printable(name)}: {outcome.reason}, {outcome.detail}); mend or replace them"
             )
         used = [source for source in listing.sources if source.name not in rejected]
         rule = choose_splits(used, options.val_fraction)
@@ -181,13 +187,13 @@ def pack(
             _write_tars(out, items, rule, options, len(rejected), report)
             manifest = build_manifest(out, options.preset)
             rows = [
-                {"path": name, "reason": outcome.reason, "detail": outcome.detail}
+                {"path": _printable(name), "reason": outcome.reason, "detail": outcome.detail}
                 for name, outcome in sorted(rejected.items())
             ]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             storage.write_atomic(out / REJECTED_NAME, text.encode())
-            out.rename(dst)
-            storage.fsync_folder(dst.absolute().parent)
+            out.rename(place)
+            storage.fsync_folder(place.parent)
         except OSError as error:
             raise UserError(
                 f"{dst} cannot be written ({error}); it must be in a place with room that you may write to: choose "
@@ -201,7 +207,7 @@ def pack(
         num_reused=num_reused,
         rejected=dict(Counter(outcome.reason for outcome in rejected.values())),
         rule=rule,
-        warnings=tuple(_warnings(listing, rejected, rule)),
+        warnings=tuple(_warnings(listing, rejected, rule, manifest)),
     )
 
 
@@ -211,6 +217,13 @@ def _say_nothing(progress: PackProgress) -> None:
 
 def _check_destination(dst: Path) -> None:
     real = dst.resolve()
+    if not real.name or real == Path.cwd():
+        raise UserError(f"{dst} cannot be packed into; the destination must be a new folder: name one, like data/NAME")
+    if _printable(str(real)) != str(real):
+        raise UserError(
+            f"{_printable(str(dst))} is not a name in UTF-8; the destination must have one, as configs name it: "
+            "choose another"
+        )
     root = Path(__file__).resolve().parent.parent
     for package in PACKAGES:
         if real == root / package or (root / package) in real.parents:
@@ -249,15 +262,19 @@ def _convert_all(
     """Outcome by source name, in the order of the listing, and how many were there already."""
     outcomes: dict[str, Outcome] = {}
     jobs: list[tuple[Source, Job]] = []
+    num_reused = 0
     for source in listing.sources:
+        if (fault := _name_fault(source)) is not None:
+            outcomes[source.name] = Outcome(reason="name", detail=fault)
+            continue
         folder = staging / _staging_id(source, options)
         found = _staged_outcome(folder)
         if found is not None:
+            num_reused += 1
             outcomes[source.name] = found
         else:
             job = Job(str(source.path.absolute()), str(folder), options.preset, options.encoding, options.limits)
             jobs.append((source, job))
-    num_reused = len(outcomes)
 
     def tell() -> None:
         num_samples = sum(len(outcome.pieces) for outcome in outcomes.values())
@@ -265,7 +282,7 @@ def _convert_all(
         report(PackProgress("convert", len(outcomes), len(listing.sources), num_samples, num_rejected))
 
     tell()
-    with converters(min(options.workers or len(os.sched_getaffinity(0)), len(jobs))) as submit:
+    with converters(min(options.workers or _num_cores(), len(jobs))) as submit:
         waiting: dict[Future[Outcome], Source] = {submit(job): source for source, job in jobs}
         while waiting:
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -273,6 +290,26 @@ def _convert_all(
                 outcomes[waiting.pop(future).name] = future.result()
             tell()
     return {source.name: outcomes[source.name] for source in listing.sources}, num_reused
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _name_fault(source: Source) -> str | None:
+    """Why this file cannot be named in a tar, None if it can: file systems take any bytes, tars and JSON take text."""
+    for text in (source.name, source.group, source.label or ""):
+        if "\0" in text or _printable(text) != text:
+            return f"{_printable(text)!r} is not a name in UTF-8: rename it"
+    return None
+
+
+def _printable(name: str) -> str:
+    """A name as it can be written down: what is not UTF-8 becomes a backslash and a number."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _staging_id(source: Source, options: PackOptions) -> str:
@@ -355,7 +392,7 @@ def _shuffle_key(seed: int, item: Item) -> bytes:
     return hashlib.blake2b(f"{seed}:{item.number}:{item.source.name}".encode(), digest_size=16).digest()
 
 
-def _warnings(listing: Listing, rejected: dict[str, Outcome], rule: SplitRule) -> Iterator[str]:
+def _warnings(listing: Listing, rejected: dict[str, Outcome], rule: SplitRule, manifest: Manifest) -> Iterator[str]:
     if listing.ignored_columns:
         yield f"columns that mean nothing here were ignored: {', '.join(listing.ignored_columns)}"
     by_label: dict[str, list[Source]] = {}
@@ -366,3 +403,9 @@ def _warnings(listing: Listing, rejected: dict[str, Outcome], rule: SplitRule) -
         if all(source.name in rejected for source in sources):
             yield f"class {label!r} has nothing readable ({len(sources)} files rejected) and is not among the labels"
     yield from rule.warnings
+    num_samples = {name: split.num_samples for name, split in manifest.splits.items()}
+    if num_samples.get("val", 0) > num_samples.get("train", 0):
+        yield (
+            f"val holds more samples ({num_samples['val']}) than train ({num_samples.get('train', 0)}): give splits "
+            "(folders train/ and val/, or a column split) to choose what is held out"
+        )

@@ -39,6 +39,14 @@ def test_config_says_why_and_what_to_expect(file: Path) -> None:
         assert len(lines[0].split()) > 2, f"{file.name}: '{word}' is empty"
 
 
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_only_the_published_recipe_is_called_so(file: Path) -> None:
+    objective = load_config(file).objective
+    assert objective.masked_frame is not None
+    is_published = objective.frame_order is None and objective.masked_frame.num_frames_masked == (0,)
+    assert ("published recipe" in file.read_text().replace("VideoMAE ", "").lower()) == is_published
+
+
 @pytest.mark.parametrize(("name", "epochs"), [("vit_base_k400", 1600), ("vit_large_k400", 1600)])
 def test_published_recipe(name: str, epochs: int) -> None:
     """VideoMAE (Tong et al. 2022, appendix): lr 1.5e-4 x batch / 256, batch 2048, 40 epochs of warm-up."""
@@ -46,6 +54,7 @@ def test_published_recipe(name: str, epochs: int) -> None:
     num_videos = 240_000
     assert config.train.steps * config.train.global_batch == num_videos * epochs
     assert config.optim.lr == pytest.approx(1.5e-4 * config.train.global_batch / 256)
+    assert config.schedule.final_lr == pytest.approx(1e-5 * config.train.global_batch / 256)
     assert config.optim.betas == (0.9, 0.95)
     assert config.optim.weight_decay == 0.05
     assert config.schedule.warmup_steps == round(40 * num_videos / config.train.global_batch + 0.5)

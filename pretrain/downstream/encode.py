@@ -33,7 +33,8 @@ def write_mp4(frames_HW3: Iterable[NDArray[np.uint8]], path: Path, *, rate: floa
         UserError: `path` does not end in .mp4, or cannot be written.
     """
     if path.suffix.lower() != ".mp4":
-        raise UserError(f"output is {path}; it must end in .mp4: use {path.with_suffix('.mp4')}")
+        name = path.with_suffix(".mp4") if path.name.strip(".") else path / "NAME.mp4"
+        raise UserError(f"output is {path}; it must end in .mp4: use {name}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,32 @@ def test_it_starts_afresh_and_says_so(project: Path, capsys: pytest.CaptureFixtu
     assert mine.exists()
 
 
+def test_only_its_own_folders_are_removed(project: Path) -> None:
+    mine = [Path("data/demo-mine"), Path("data/demo-cut-2"), Path("data/demo2"), Path("runs/demo-2")]
+    own = [Path("data/demo.partial"), Path("data/demo-cut.partial"), Path("data/demo-pieces")]
+    for folder in (*mine, *own):
+        folder.mkdir(parents=True)
+        (folder / "x").touch()
+    demo.start_afresh()
+    assert [folder for folder in mine if not (folder / "x").exists()] == []
+    assert [folder for folder in own if folder.exists()] == []
+
+
+def test_what_a_link_names_stays(project: Path) -> None:
+    precious = project / "precious"
+    precious.mkdir()
+    (precious / "film.mp4").touch()
+    for link in (demo.DATA, demo.RUN):
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(precious)
+    demo.DATA.with_name("demo-cut").symlink_to(project / "gone")
+    demo.start_afresh()
+    assert (precious / "film.mp4").exists()
+    assert not demo.DATA.is_symlink()
+    assert not demo.RUN.is_symlink()
+    assert not demo.DATA.with_name("demo-cut").is_symlink()
+
+
 def test_a_row_that_is_still_being_written_is_left_out(project: Path) -> None:
     assert demo.newest_step("train") == 0
     demo.RUN.mkdir(parents=True)

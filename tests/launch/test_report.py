@@ -172,6 +172,12 @@ def test_run_that_just_began(tmp_path: Path) -> None:
         assert words in page.text
 
 
+def test_page_says_why_there_is_no_audit(run_dir: Path) -> None:
+    report(run_dir, why_no_audit="s3://me:canary@bucket/<data> is gone")
+    html = (run_dir / "report.html").read_text()
+    assert "No audit was made for this page: s3://bucket/&lt;data&gt; is gone</p>" in html
+
+
 def test_damaged_files_leave_a_page(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text("{ not yaml")
     (run_dir / "environment.json").write_text("[1]")

@@ -397,3 +397,25 @@ def test_export_and_load_work_without_deepspeed_and_wandb(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) == sum(value.numel() for value in model.encoder.parameters())
+
+
+def test_folder_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = make_run()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "../here", "/", "/.."):
+        with pytest.raises(UserError, match="must not be the root or the folder you are in"):
+            export_state(model.state_dict(), config, Path(name))
+        with pytest.raises(UserError, match="must not be the root or the folder you are in"):
+            export(tmp_path, name)
+
+
+def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    model, config = make_run()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "export").symlink_to(tmp_path / "disk")
+    for _ in range(2):  # the second one replaces the first
+        assert export_state(model.state_dict(), config, tmp_path / "export").folder == tmp_path / "export"
+        assert (tmp_path / "disk" / "model.safetensors").is_file()
+        assert (tmp_path / "export").is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {"disk", "export"}

@@ -156,3 +156,9 @@ def test_load_needs_no_training_library(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "Encoder", done.stderr
+
+
+def test_file_in_the_place_of_an_export_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").touch()
+    with pytest.raises(UserError, match=r"video\.mp4 is not a folder; EXPORT must be a folder that"):
+        load_export(tmp_path / "video.mp4")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,65 @@ def test_a_tar_changed_after_indexing(packed: Packed, tmp_path: Path) -> None:
         file.write(bytes(10240))
     with pytest.raises(UserError, match=r"val-000000\.tar has .*must have the \d+ that were indexed"):
         open_split(str(tmp_path / "data"), "val").read(0)
+
+
+def test_names_that_are_not_utf8_are_rejected_and_the_rest_is_packed(make_video: MakeVideo, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    made = make_video(source / "good" / "a.mp4", 32)
+    strange = os.fsencode(source / "good") + b"/caf\xe9.mp4"
+    shutil.copy(made, strange)
+    os.mkdir(os.fsencode(source) + b"/\xff")
+    shutil.copy(made, os.fsencode(source) + b"/\xff/b.mp4")
+    for workers in (1, 2):
+        summary = pack(source, tmp_path / f"out{workers}", replace(SMALL, workers=workers))
+        assert summary.rejected == {"name": 2}
+        assert (summary.num_samples, summary.num_reused) == (1, 0)
+        "\n".join(summary.lines()).encode()
+        rows = [json.loads(line) for line in (tmp_path / f"out{workers}" / "rejected.jsonl").read_text().splitlines()]
+        assert [row["path"] for row in rows] == ["good/caf\\udce9.mp4", "\\udcff/b.mp4"]
+        assert {row["reason"] for row in rows} == {"name"}
+        assert all("rename it" in row["detail"] for row in rows)
+
+
+def test_a_single_file_whose_name_is_not_utf8(make_video: MakeVideo, tmp_path: Path) -> None:
+    made = make_video(tmp_path / "src" / "a.mp4", 32)
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    shutil.copy(made, file)
+    with pytest.raises(UserError) as caught:
+        pack(file, tmp_path / "out", SMALL)
+    assert "(name 1; for example caf\\udce9.mp4: name" in str(caught.value).encode("utf-8", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize("column", ["path", "label", "group"])
+def test_a_list_with_text_that_no_file_can_hold(make_video: MakeVideo, tmp_path: Path, column: str) -> None:
+    make_video(tmp_path / "a.mp4", 32)
+    make_video(tmp_path / "b.mp4", 32)
+    rows = [{"path": "a.mp4", "label": "x"}, {"path": "b.mp4", "label": "x", column: "b\ud800.mp4"}]
+    (tmp_path / "films.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = pack(tmp_path / "films.jsonl", tmp_path / "out", SMALL)
+    assert summary.rejected == {"name": 1}
+    assert summary.num_samples == 1
+
+
+def test_a_destination_whose_name_is_not_utf8(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    line = refused(tmp_path / "src", Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    line.encode()
+    assert "not a name in UTF-8" in line
+
+
+def test_a_destination_without_a_name(make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("/", ".", "../here", "/.."):
+        assert "the destination must be a new folder" in refused(tmp_path / "src", Path(name))
+
+
+def test_a_link_to_an_empty_folder_is_followed(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    pack(tmp_path / "src", tmp_path / "out", SMALL)
+    assert (tmp_path / "disk" / "manifest.json").is_file()
+    assert (tmp_path / "out").is_symlink()

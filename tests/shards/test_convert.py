@@ -241,3 +241,26 @@ def test_importing_it_does_not_import_torch(module: str) -> None:
     code = f"import sys, shards.{module}; sys.exit(any(name in sys.modules for name in {heavy}))"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_address_space_is_limited_on_linux_only(
+    make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On macOS the call fails; the child must convert all the same."""
+    film = make_video(tmp_path / "a.mp4", 16)
+    code = (
+        "import resource, sys\n"
+        "real = resource.setrlimit\n"
+        "def setrlimit(what, limits):\n"
+        "    if what == resource.RLIMIT_AS:\n"
+        "        raise ValueError('current limit exceeds maximum limit')\n"
+        "    real(what, limits)\n"
+        "resource.setrlimit = setrlimit\n"
+        "from shards import convert\n"
+        "sys.platform = {platform!r}\n"
+        "convert.main()\n"
+    )
+    for platform, reason in (("darwin", ""), ("linux", "crash")):
+        monkeypatch.setattr(convert, "COMMAND", [sys.executable, "-c", code.format(platform=platform)])
+        with converters(1) as submit:
+            assert submit(job(film, tmp_path / platform)).result().reason == reason

@@ -312,3 +312,34 @@ def test_a_moved_folder_still_opens(packed: Packed, tmp_path: Path) -> None:
     reader = open_split(str(tmp_path / "elsewhere" / "data"), "train")
     assert reader.manifest.hash == summary.manifest.hash
     assert [len(reader.read(sample)) for sample in range(len(reader))] == reader.records["size"].tolist()
+
+
+HELD_OUT_NOTHING = "nothing is held out, so training will not evaluate; to hold something out, pack two source files"
+
+
+def test_it_is_said_when_nothing_is_held_out(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    text = "\n".join(pack(tmp_path / "src", tmp_path / "one", SMALL).lines())
+    assert HELD_OUT_NOTHING in text
+    make_video(tmp_path / "src" / "b.mp4", 16)
+    assert HELD_OUT_NOTHING in "\n".join(
+        pack(tmp_path / "src", tmp_path / "all", replace(SMALL, val_fraction=0)).lines()
+    )
+    assert "nothing is held out" not in "\n".join(pack(tmp_path / "src", tmp_path / "two", SMALL).lines())
+
+
+def test_a_val_split_larger_than_train_is_warned_of(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "train" / "a.mp4", 16)
+    make_video(tmp_path / "src" / "val" / "b.mp4", 16)
+    assert "warning" not in "\n".join(pack(tmp_path / "src", tmp_path / "even", SMALL).lines())
+    make_video(tmp_path / "src" / "val" / "c.mp4", 16)
+    text = "\n".join(pack(tmp_path / "src", tmp_path / "odd", SMALL).lines())
+    assert "warning: val holds more samples (2) than train (1): give splits" in text
+
+
+def test_it_works_where_cores_cannot_be_asked_for(
+    make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert pack(tmp_path / "src", tmp_path / "out", replace(SMALL, workers=0)).num_samples == 1

@@ -123,3 +123,13 @@ def test_an_index_that_contradicts_its_manifest_is_found(copy: Path) -> None:
 def test_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         verify(str(tmp_path))
+
+
+def test_a_file_that_is_no_manifest_is_called_so(copy: Path) -> None:
+    (copy / "notes.json").write_text("{}")
+    for name in (TAR, "train.index", "notes.json"):
+        with pytest.raises(UserError, match=rf"{name} is a file that is no manifest\.json; .*give one of the two"):
+            verify(str(copy / name))
+    assert verify(str(copy / "manifest.json")) == []
+    with pytest.raises(UserError, match="does not exist"):
+        verify(str(copy / "gone.tar"))

@@ -45,3 +45,9 @@ def test_output_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_mp4(iter([np.zeros((32, 32, 3), np.uint8)]), tmp_path / "file" / "film.mp4", rate=5)
+
+
+@pytest.mark.parametrize("name", ["/", ".", ".."])
+def test_output_without_a_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"must end in \.mp4: use .*NAME\.mp4"):
+        write_mp4(iter(()), Path(name), rate=5)

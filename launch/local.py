@@ -56,8 +56,9 @@ def pretrain(
     since = newest_attempt(run_dir)
     arguments = [str(config), *overrides, *(["--change"] if allow_change else [])]
     command = one_rank(arguments) if num_ranks == 1 else several_ranks(arguments, num_ranks, free_port())
-    code = run_marked(command, environment(num_ranks))
-    return outcome.exit_code(run_dir, since=since, launcher_code=code)
+    token = secrets.token_hex(8)
+    code = run_marked(command, environment(num_ranks), token)
+    return outcome.exit_code(run_dir, token=token, since=since, launcher_code=code)
 
 
 def default_ranks() -> int:
@@ -122,13 +123,13 @@ def _usable_cores() -> Sequence[int]:
     return range(os.cpu_count() or 1)
 
 
-def run_marked(command: Sequence[str], env: dict[str, str]) -> int:
-    """Start the command, wait until none of its ranks is left, and return its exit code.
+def run_marked(command: Sequence[str], env: dict[str, str], token: str) -> int:
+    """Start the command under the mark of this token, wait until none of its ranks is left, and return its exit code.
 
     First SIGTERM or SIGINT: the ranks are told to stop (they save and end). Second: everything is killed, which a run
     survives by design.
     """
-    mark = f"{os.getpid()}:{secrets.token_hex(8)}"
+    mark = f"{os.getpid()}:{token}"
     num_signals = 0
 
     def pass_on(signum: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ _FIRST_PORT, _NUM_PORTS = 15000, 15000
 def main(arguments: Sequence[str]) -> NoReturn:
     """Work out this rank's place and replace this process by the trainer; exit 93 where that is impossible."""
     try:
-        env = {**os.environ, **rank_environment(os.environ)}
+        env = {**os.environ, **rank_environment(os.environ), "TUBELET_START": f"0:{start_token(os.environ)}"}
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(outcome.PERSON_NEEDED)
@@ -34,6 +34,11 @@ def main(arguments: Sequence[str]) -> NoReturn:
     # Slurm signals every process of a step. Until the trainer has its handlers, the signal must not kill.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.execve(sys.executable, [sys.executable, "-u", "-m", "pretrain.train", config, *overrides], env)
+
+
+def start_token(slurm: Mapping[str, str]) -> str:
+    """Tells this start of the job from its other starts, and from other jobs on the same run."""
+    return f"slurm-{slurm.get('SLURM_JOB_ID', '')}.{slurm.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.attempt import EXIT_CODES, newest_attempt, read_outcome
+from pretrain.attempt import EXIT_CODES, attempt_of, read_outcome
 
 FINISHED = EXIT_CODES["finished"]
 TRY_AGAIN = EXIT_CODES["failed"]
 PERSON_NEEDED = EXIT_CODES["person"]
 
 
-def exit_code(run_dir: Path, *, since: int, launcher_code: int) -> int:
-    """0 finished, 93 a person is needed, 75 try again: the outcome of the attempt that came after number `since`.
+def exit_code(run_dir: Path, *, token: str, since: int, launcher_code: int) -> int:
+    """0 finished, 93 a person is needed, 75 try again: the outcome of the attempt that this start took.
 
-    An attempt without an outcome was killed. A start that took no attempt refused its config, found the run finished,
-    or never came up: only then does the launcher's code say something, and its 0 is believed only beside a DONE file.
+    `token` tells it from other starts on the same run: one that another start has superseded needs a person, and must
+    not take over again. An attempt without an outcome was killed. A start that took no attempt refused its config,
+    found the run finished, or never came up: only then does the launcher's code say something, and its 0 is believed
+    only beside a DONE file.
     """
-    newest = newest_attempt(run_dir)
-    if newest > since:
-        outcome = read_outcome(run_dir, newest)
+    own = attempt_of(run_dir, token, since)
+    if own is not None:
+        outcome = read_outcome(run_dir, own)
         return TRY_AGAIN if outcome is None else outcome.exit_code
     if launcher_code == FINISHED and (run_dir / "DONE").exists():
         return FINISHED

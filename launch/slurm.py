@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch import outcome
-from launch.node import DEMO_CONFIG, split_arguments
-from pretrain.attempt import newest_attempt, read_outcome
+from launch.node import DEMO_CONFIG, split_arguments, start_token
+from pretrain.attempt import attempt_of, newest_attempt, read_outcome
 from pretrain.config import load_config
 from shards.errors import UserError
 
@@ -67,10 +67,11 @@ def before(arguments: Sequence[str]) -> int:
 def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
     """Decide from the run folder what becomes of the job; returns the exit code of the batch script."""
     run_dir = _run_dir(arguments)
-    newest = newest_attempt(run_dir)
-    ended = read_outcome(run_dir, newest) if newest > since else None
+    token = start_token(slurm)
+    own = attempt_of(run_dir, token, since)
+    ended = None if own is None else read_outcome(run_dir, own)
     _say(f"{run_dir}: {ended.reason if ended else 'the ranks ended without a word'} (srun returned {code})")
-    decided = outcome.exit_code(run_dir, since=since, launcher_code=code)
+    decided = outcome.exit_code(run_dir, token=token, since=since, launcher_code=code)
     if decided in (outcome.FINISHED, outcome.PERSON_NEEDED):
         return decided
     if _no_progress(run_dir, since, slurm):

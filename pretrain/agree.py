@@ -5,6 +5,7 @@ Decisions go over a gloo group of their own, which no device waits for.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ _dist: Any = torch.distributed  # its signatures are only half typed
 class Agreement:
     """A side channel between the ranks for single whole numbers. Every method is a collective."""
 
-    def __init__(self) -> None:
-        self._group = _dist.new_group(backend="gloo")
+    def __init__(self, timeout_s: float) -> None:
+        self._group = _dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     def from_first(self, value: int) -> int:
         """Rank 0's value, on every rank."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from pretrain.redact import without_secrets
 from shards.errors import UserError
 
 Kind = Literal["finished", "stopped", "failed", "person"]
@@ -47,6 +48,23 @@ def newest_attempt(run_dir: Path) -> int:
     )
 
 
+def start_token() -> str:
+    """What tells this start from every other one (TUBELET_START is PID:TOKEN); empty where nobody set it."""
+    return os.environ.get("TUBELET_START", "").partition(":")[2]
+
+
+def attempt_of(run_dir: Path, token: str, since: int) -> int | None:
+    """The newest attempt after number `since` that the start with this token took; None where it took none."""
+    for number in range(newest_attempt(run_dir), since, -1):
+        try:
+            taken_by = json.loads((run_dir / "attempts" / f"{number:04d}.json").read_text()).get("start", "")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if taken_by == token:
+            return number
+    return None
+
+
 def take_attempt(run_dir: Path, world_size: int) -> int:
     """Take the next attempt number by exclusive create."""
     folder = run_dir / "attempts"
@@ -57,7 +75,7 @@ def take_attempt(run_dir: Path, world_size: int) -> int:
             descriptor = os.open(folder / f"{number:04d}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             continue
-        start = {"attempt": number, "time": time.time(), "world_size": world_size}
+        start = {"attempt": number, "time": time.time(), "world_size": world_size, "start": start_token()}
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(start) + "\n")
             file.flush()
@@ -79,7 +97,7 @@ def record_outcome(run_dir: Path, attempt: int, outcome: Outcome) -> bool:
     """Write how the attempt ended. The first rank to say so is believed (True): the others die of its death."""
     try:
         with (run_dir / "attempts" / f"{attempt:04d}.outcome.json").open("x") as file:
-            file.write(json.dumps({**asdict(outcome), "time": time.time()}) + "\n")
+            file.write(json.dumps(without_secrets({**asdict(outcome), "time": time.time()})) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:

@@ -110,8 +110,8 @@ def read_parts(staging: Path, num_ranks: int) -> tuple[list[dict[str, Any]], lis
     return parts, [Segment(**part["segment"]) for part in parts if part["segment"] is not None]
 
 
-def commit(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], lineage: LineageHead) -> Path:
-    """Manifest, fsync, rename, pointer: in this order. Rank 0 only, after every rank's part is on disk."""
+def stage(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], lineage: LineageHead) -> None:
+    """Write the manifest: after this the staged folder is a whole checkpoint but for its name. Rank 0 only."""
     slices: dict[str, dict[str, list[list[Any]]]] = {}
     for part in parts:
         for parameter, state, offset, length, key in part["slices"]:
@@ -128,22 +128,45 @@ def commit(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], line
     for rank in range(len(parts)):
         (staging / f"part-{rank:05d}.json").unlink()
     write_atomic(staging / "manifest.json", json.dumps(manifest).encode())
-    folder = staging.parent / NAME.format(facts.step)
-    if folder.exists():  # only a broken one can be in the way: a whole one would have been resumed from
-        shutil.rmtree(folder)
+
+
+def publish(staging: Path, step: int) -> Path:
+    """The commit: rename, then pointer. Rank 0 only."""
+    folder = staging.parent / NAME.format(step)
+    if folder.exists():  # a broken one: a whole one would have been resumed from
+        _discard(folder)
     staging.rename(folder)
     _fsync(folder.parent)
     write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
     return folder
 
 
-def keep_newest(run_dir: Path, count: int) -> None:
-    """Delete all but the newest checkpoints, and what dead attempts left half-written. Rank 0, after a commit."""
-    for folder in candidates(run_dir)[count:]:
-        doomed = folder.with_name(f"{folder.name}.old.tmp")
-        folder.rename(doomed)  # never a moment in which a half-deleted folder bears a whole one's name
+def keep_newest(run_dir: Path, count: int, step: int, attempt: int) -> None:
+    """After the commit of `step`: delete all but the newest checkpoints, and what this and older attempts left staged.
+
+    A checkpoint of a later step was found broken at the start, else the run would have gone on from it: it does not
+    count, and goes.
+    """
+    folders = candidates(run_dir)
+    later = [folder for folder in folders if _step_of(folder) > step]
+    for folder in (*later, *folders[len(later) :][count:]):
+        _discard(folder)
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        owner = leftover.name.split(".")[1]
+        if not owner.isdigit() or int(owner) <= attempt:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _discard(folder: Path) -> None:
+    """Rename first: never a moment in which a half-deleted folder bears a whole one's name."""
+    doomed = folder.with_name(f"{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _check_cover(slices: Mapping[str, Mapping[str, list[list[Any]]]], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -191,7 +214,8 @@ class Checkpoint:
             for state, entries in states.items()
         }
         self._open: dict[str, Any] = {}
-        if any(Path(name).name != name for name in self.files):
+        stored_in = {entry.file for entries in self._slices.values() for entry in entries}
+        if any(Path(name).name != name for name in self.files) or not stored_in <= self.files.keys():
             raise BrokenCheckpoint(f"{folder / 'manifest.json'} names files outside its folder")
 
     def broken_files(self, names: Iterable[str]) -> list[str]:
@@ -241,13 +265,13 @@ class Checkpoint:
 def candidates(run_dir: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest step first."""
     folders = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    return sorted(folders, key=_step_of, reverse=True)
 
 
 def newest(run_dir: Path, at_most: int | None = None) -> Checkpoint | None:
     """The newest whole checkpoint (of step `at_most` or earlier), verified; None where the run has none."""
     broken: list[str] = []
-    found = [f for f in candidates(run_dir) if at_most is None or int(f.name.removeprefix("step-")) <= at_most]
+    found = [f for f in candidates(run_dir) if at_most is None or _step_of(f) <= at_most]
     for folder in found:
         try:
             checkpoint = Checkpoint(folder)

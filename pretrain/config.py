@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from pretrain.model.mask import allowed_counts
+from pretrain.geometry import allowed_counts
 from shards.errors import UserError
 
 TUBELET_FRAMES = 2

@@ -201,7 +201,8 @@ class Engine:
             self._engine.backward(total * (self._world.size * self.num_micro_steps / self._global_batch))
             self._engine.step()
             report.batches.append(batch)
-        report.is_applied = bool(self._engine.was_step_applied())
+        # DeepSpeed drops a step whose gradient is not finite; torch's plain optimizer at stage 0 does not.
+        report.is_applied = bool(self._engine.was_step_applied()) and self._is_finite()
         return report
 
     @torch.no_grad()
@@ -252,6 +253,9 @@ class Engine:
         """Norm of the whole gradient of the last step, before clipping."""
         norm = self._whole_norm if self._stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def _is_finite(self) -> bool:
+        return self._whole_norm is None or bool(torch.isfinite(self._whole_norm))
 
     def _clip_whole(self, clip_norm: float) -> None:
         """Stage 0, just before the optimizer: every rank has the whole gradient."""

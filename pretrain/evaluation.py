@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from pretrain.config import DataConfig, EvalConfig
+from pretrain.config import DataConfig, EvalConfig, LimitsConfig
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine
 from pretrain.world import World
@@ -15,7 +15,17 @@ from shards.manifest import load_manifest
 class Evaluation:
     """Runs the first `eval.num_clips` clips of the held-out split through the engine."""
 
-    def __init__(self, data: DataConfig, settings: EvalConfig, *, micro_batch: int, seed: int, world: World) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        settings: EvalConfig,
+        *,
+        micro_batch: int,
+        seed: int,
+        world: World,
+        limits: LimitsConfig,
+    ) -> None:
+        self._limits = limits
         self._data, self._micro_batch, self._seed, self._world = data, micro_batch, seed, world
         found = held_out_shards(data)
         assert found is not None, "only made where something is held out"
@@ -34,6 +44,7 @@ class Evaluation:
             split=self._split,
             shards=self._shards,
             num_clips=self._num_clips,
+            limits=self._limits,
         ) as loader:
             batches = itertools.islice(loader, loader.num_micro_steps)
             return engine.totals(engine.evaluate(batches))

@@ -69,14 +69,22 @@ class Journal:
     returns once the row is on disk. `folder=None` keeps the rows in memory only. Safe to use from several threads.
     """
 
-    def __init__(self, folder: Path | None, attempt: int = 0, rank: int = 0) -> None:
-        self._file = None if folder is None else folder / f"a{attempt:04d}-r{rank:05d}.jsonl"
+    def __init__(self, folder: Path | None, attempt: int = 0, rank: int = 0, *, is_read_only: bool = False) -> None:
+        """`is_read_only`: rows are found, what is added stays in memory. For looking at a run (replay)."""
+        self._folder = folder
+        self._file: Path | None = None
+        if folder is not None and not is_read_only:
+            self._file = folder / f"a{attempt:04d}-r{rank:05d}.jsonl"
         self._lock = threading.Lock()
         self._rows = {} if folder is None else {row.position: row for row in read_journal(folder)}
 
     def find(self, position: int) -> JournalRow | None:
         """The row that must be obeyed at `position`; of several, the one of the latest attempt."""
         return self._rows.get(position)
+
+    def rows(self) -> list[JournalRow]:
+        """Every row that is obeyed."""
+        return list(self._rows.values())
 
     def add(self, row: JournalRow) -> None:
         """Append a row and fsync it: call this before the batch that uses it is handed out."""
@@ -96,7 +104,7 @@ class Journal:
 
     def digest(self, position: int) -> str:
         """sha256 (hex) over the distinct rows before `position`, those of the other ranks too (read anew)."""
-        rows = self._rows.values() if self._file is None else read_journal(self._file.parent)
+        rows = self._rows.values() if self._folder is None else read_journal(self._folder)
         before = sorted({row for row in rows if row.position < position})
         canonical = json.dumps([list(asdict(row).values()) for row in before], separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()

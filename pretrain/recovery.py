@@ -20,6 +20,7 @@ from pretrain.load import load_state
 from pretrain.redact import without_secrets
 from pretrain.world import World
 from shards.errors import UserError
+from shards.manifest import load_manifest
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Recovery:
     ledger: Ledger
     versions: dict[str, str]
     lineage: LineageHead | None = None
+    """Of the newest checkpoint of this run; kept up to date on rank 0 alone."""
     changes: tuple[str, ...] = ()
 
     def resume(self, *, allow_change: bool) -> int:
@@ -72,12 +74,11 @@ class Recovery:
         checkpoint.write_part(staging, self.world.rank, slices, segment)
         self.agreement.wait()
         if self.world.is_first:
-            self._commit(staging, step)
+            self.lineage = self._commit(staging, step)
         self.agreement.wait()
-        self.lineage = Checkpoint(self.run_dir / "checkpoints" / checkpoint.NAME.format(step)).lineage
         return self.run_dir / "checkpoints" / checkpoint.NAME.format(step)
 
-    def _commit(self, staging: Path, step: int) -> None:
+    def _commit(self, staging: Path, step: int) -> LineageHead:
         parts, segments = checkpoint.read_parts(staging, self.world.size)
         refuse_superseded(self.run_dir, self.attempt)
         lineage = commit_lineage(self.run_dir / "ledger", step, self.attempt, segments, self.lineage)
@@ -92,8 +93,12 @@ class Recovery:
             versions=self.versions,
             changes=list(self.changes),
         )
-        checkpoint.commit(staging, facts, parts, lineage)
-        checkpoint.keep_newest(self.run_dir, self.config.checkpoint.keep)
+        checkpoint.stage(staging, facts, parts, lineage)
+        refuse_superseded(self.run_dir, self.attempt)
+        checkpoint.publish(staging, step)
+        refuse_superseded(self.run_dir, self.attempt)
+        checkpoint.keep_newest(self.run_dir, self.config.checkpoint.keep, step, self.attempt)
+        return lineage
 
     def _choose(self) -> Checkpoint | None:
         """Newest first; rank 0 names a candidate, every rank checks its share of it, all must agree."""
@@ -118,15 +123,36 @@ class Recovery:
         return None
 
 
-def refuse_other_run(run_dir: Path, config: Config, *, allow_change: bool) -> None:
+def refuse_other_config(run_dir: Path, config: Config, *, allow_change: bool) -> None:
     """Compare with the newest manifest that can be read, before anything is started or written."""
+    facts = newest_facts(run_dir)
+    if facts is not None:
+        compare(facts, config, run_dir, allow_change=allow_change)
+
+
+def refuse_other_data(run_dir: Path, config: Config) -> None:
+    """The data set is there and is the one of the run, and there are steps left to do: asked before a start counts."""
+    data, facts = load_manifest(config.data.shards), newest_facts(run_dir)
+    if facts is None:
+        return
+    if facts.cursor["manifest_hash"] != data.hash:
+        raise UserError(
+            f"data.shards is {config.data.shards}; it is another data set than that of {run_dir} (manifest "
+            f"{data.hash[:12]} instead of {facts.cursor['manifest_hash'][:12]}): name the right one, or use "
+            f"run.dir=NEW train.init_from={run_dir}"
+        )
+    if facts.step > config.train.steps:
+        raise UserError(f"train.steps is {config.train.steps}; {run_dir} is at step {facts.step}: ask for more steps")
+
+
+def newest_facts(run_dir: Path) -> Facts | None:
+    """What the newest checkpoint whose manifest can be read says; its tensors are not looked at."""
     for folder in checkpoint.candidates(run_dir):
         try:
-            facts = Checkpoint(folder).facts
+            return Checkpoint(folder).facts
         except BrokenCheckpoint:
             continue
-        compare(facts, config, run_dir, allow_change=allow_change)
-        return
+    return None
 
 
 def compare(facts: Facts, config: Config, run_dir: Path, *, allow_change: bool) -> list[str]:

@@ -65,7 +65,7 @@ def replay_step(run_dir: Path, step: int) -> Replay:
     config = config_of(newest)
     if step >= config.train.steps:
         raise UserError(f"--step is {step}; the run has the steps 0 to {config.train.steps - 1}: name one of these")
-    journal = Journal(run_dir / "journal")
+    journal = Journal(run_dir / "journal", is_read_only=True)
     position = step * config.train.global_batch // config.data.clips_per_video
     with ClipLoader(
         config.data.model_copy(update={"workers": 0}),
@@ -81,7 +81,10 @@ def replay_step(run_dir: Path, step: int) -> Replay:
     rebuilt = sorted(
         (int(b.position_B[0]), int(b.draw_B[0]), int(b.sample_B[0]), int(b.checksum_B[0])) for b in batches
     )
-    consumed = _rows_of(run_dir, newest.lineage, step)
+    try:
+        consumed = _rows_of(run_dir, newest.lineage, step)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the ledger of {run_dir} is damaged ({error}): see tubelet audit {run_dir}") from error
     weights = checkpoint.newest(run_dir, at_most=step)
     pictures: list[Path] = []
     if weights is not None:
@@ -93,8 +96,8 @@ def replay_step(run_dir: Path, step: int) -> Replay:
         positions=tuple(row[0] for row in rebuilt),
         samples=tuple(row[2] for row in rebuilt),
         checksums=tuple(row[3] for row in rebuilt),
-        is_committed=bool(consumed),
-        matches=not consumed or rebuilt == consumed,
+        is_committed=step < newest.facts.step,
+        matches=step >= newest.facts.step or rebuilt == consumed,
         weights_of_step=None if weights is None else weights.facts.step,
         pictures=tuple(str(path) for path in pictures),
     )

@@ -27,7 +27,7 @@ from pretrain.ledger import Journal, Ledger
 from pretrain.meter import Meter
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
-from pretrain.recovery import Recovery, load_initial, refuse_other_run
+from pretrain.recovery import Recovery, load_initial, refuse_other_config, refuse_other_data
 from pretrain.redact import without_secrets
 from pretrain.stop import StopAgreement, watch_parents
 from pretrain.track import Tracker
@@ -59,6 +59,7 @@ class Rank:
         trainer.loader.close()
         if self.world.is_first:
             if outcome.outcome == "finished":
+                trainer.stop.honoured()
                 write_atomic(self.run_dir / "DONE", json.dumps({"step": outcome.step}).encode() + b"\n")
             record_outcome(self.run_dir, self.attempt, outcome)
         trainer.tracker.close()
@@ -84,10 +85,11 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
     """
     world = world_from_environment()
     run_dir = Path(config.run.dir)
-    refuse_other_run(run_dir, config, allow_change=allow_change)
+    refuse_other_config(run_dir, config, allow_change=allow_change)
     finished = _finished(run_dir, config.train.steps)
     if finished is not None:
         return finished
+    refuse_other_data(run_dir, config)
     if world.size > config.train.global_batch:
         raise UserError(
             f"train.global_batch is {config.train.global_batch}; each of {world.size} ranks needs at least one clip: "
@@ -95,10 +97,10 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
         )
     device = join_ranks(world, config.limits.collective_timeout_s)
     watch_parents()
-    agreement = Agreement()
+    agreement = Agreement(config.limits.collective_timeout_s)
     attempt = 0
     if world.is_first:
-        _make_run_folder(run_dir, config)
+        _make_run_folder(run_dir)
         attempt = take_attempt(run_dir, world.size)
     attempt = agreement.from_first(attempt)
     _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
@@ -157,11 +159,20 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     ledger = Ledger(rank.run_dir / "ledger", rank.attempt, world.rank)
     recovery = Recovery(rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions())
     start = recovery.resume(allow_change=allow_change)
+    if world.is_first:
+        _describe(rank.run_dir, config)
     evaluation = None
     if config.eval.every_steps and held_out_shards(data) is None:
         rank.console.say(f"eval     none: {data.shards} holds nothing out (no split {data.eval_split})")
     elif config.eval.every_steps:
-        evaluation = Evaluation(data, config.eval, micro_batch=train.micro_batch, seed=config.run.seed, world=world)
+        evaluation = Evaluation(
+            data,
+            config.eval,
+            micro_batch=train.micro_batch,
+            seed=config.run.seed,
+            world=world,
+            limits=config.limits,
+        )
     tracker = Tracker(rank.run_dir, rank.attempt, config.track, is_first=world.is_first, resumed_from=start)
     stop = StopAgreement(rank.run_dir, world, rank.agreement)
     rank.console.start(config, world, engine.num_micro_steps, loader.num_samples, start, rank.attempt)
@@ -178,20 +189,25 @@ def _finished(run_dir: Path, steps: int) -> Outcome | None:
     return Outcome("finished", step, f"{run_dir} is finished (step {step})") if step >= steps else None
 
 
-def _make_run_folder(run_dir: Path, config: Config) -> None:
-    """The folder, private to its owner (C14), with the config and an allow-list of facts about the machine."""
+def _make_run_folder(run_dir: Path) -> None:
+    """The folder, private to its owner (C14)."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         run_dir.chmod(0o700)
         for name in ("logs", "ledger", "journal", "attempts", "checkpoints", "pictures"):
             (run_dir / name).mkdir(exist_ok=True)
-        settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False)
-        write_atomic(run_dir / "config.yaml", settings.encode())
-        write_atomic(run_dir / "environment.json", json.dumps(_environment(), indent=1).encode() + b"\n")
     except OSError as error:
         raise UserError(
             f"run.dir is {run_dir}; it must be a folder that can be written ({error.strerror}): set run.dir=ELSEWHERE"
         ) from error
+
+
+def _describe(run_dir: Path, config: Config) -> None:
+    """What really runs: the config, and an allow-list of facts about the machine. A DONE of fewer steps is void."""
+    settings = yaml.safe_dump(without_secrets(config.model_dump(mode="json")), sort_keys=False)
+    write_atomic(run_dir / "config.yaml", settings.encode())
+    write_atomic(run_dir / "environment.json", json.dumps(_environment(), indent=1).encode() + b"\n")
+    (run_dir / "DONE").unlink(missing_ok=True)
 
 
 def _environment() -> dict[str, Any]:
@@ -217,12 +233,20 @@ def _versions() -> dict[str, str]:
 def _log_to(path: Path, attempt: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s attempt {attempt} %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_BareUrls(f"%(asctime)s attempt {attempt} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     for noisy in ("DeepSpeed", "fsspec", "botocore", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class _BareUrls(logging.Formatter):
+    """C14: no user info and no query of a URL reaches a log, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with every URL bare."""
+        return str(without_secrets(super().format(record)))
 
 
 def _be_deterministic(wanted: bool) -> None:

@@ -110,7 +110,9 @@ def _is_alive(pid: int) -> bool:
 
 def die(reason: str, code: int = 75) -> NoReturn:
     """End this rank now: stacks of all threads to stderr, no collective, no save, no cleanup that could hang."""
-    sys.stdout.flush()
-    print(f"rank ends: {reason}", file=sys.stderr, flush=True)
-    faulthandler.dump_traceback(all_threads=True)
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        print(f"rank ends: {reason}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+    finally:  # a pipe that nobody reads any more must not keep an orphan alive
+        os._exit(code)

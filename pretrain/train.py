@@ -25,6 +25,7 @@ from pretrain.evaluation import Evaluation
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
 from pretrain.recovery import Recovery
+from pretrain.redact import without_secrets
 from pretrain.schedule import lr_at
 from pretrain.stop import Stop, StopAgreement, die, time_limit
 from pretrain.track import Tracker
@@ -153,16 +154,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             rank.close(trainer, outcome)
         Console(is_first).end(config, outcome)
     except UserError as error:
-        if record_outcome(run_dir, attempt, Outcome("person", 0, str(error))) if attempt else is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(93)
+        try:
+            if record_outcome(run_dir, attempt, Outcome("person", 0, str(error))) if attempt else is_first:
+                print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(93)
     except BaseException as error:
         # C9: inside a collective nobody can be asked. Say what happened, and be gone.
-        logging.getLogger(__name__).exception("this rank failed")
-        traceback.print_exc()
-        if attempt:
-            record_outcome(run_dir, attempt, Outcome("failed", 0, f"{type(error).__name__}: {error}"))
-        die(f"{type(error).__name__}: {error}")
+        text = without_secrets(f"{type(error).__name__}: {error}")
+        try:
+            logging.getLogger(__name__).exception("this rank failed")
+            print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
+            if attempt:
+                record_outcome(run_dir, attempt, Outcome("failed", 0, text))
+        finally:  # a full disk or a closed pipe, perhaps the very cause, must not keep this rank alive
+            die(text)
     sys.exit(outcome.exit_code)
 
 

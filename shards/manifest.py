@@ -153,7 +153,7 @@ def load_manifest(url: str) -> Manifest:
         raise UserError(
             f"{where} does not exist; a data set is a folder that `tubelet pack` made: check the path or pack one"
         ) from error
-    except OSError as error:
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{where} cannot be read: {error}; check the path and the permissions") from error
 
 

@@ -73,7 +73,7 @@ def read_range(url: str, offset: int, size: int, *, attempt_s: float = 30.0, dea
     """
     path = local_path(url)
     if path is not None:
-        data = _pread(path, offset, size)
+        data = _persist(url, lambda _: _pread(path, offset, size), attempt_s, deadline_s, (ShortReadError,))
     else:
         data = _persist(url, lambda limit_s: _remote_range(url, offset, size, limit_s), attempt_s, deadline_s)
     with _lock:
@@ -206,15 +206,24 @@ def _s3(options: dict[str, Any]) -> Any:
     return untyped.S3FileSystem(config_kwargs=when, **options)
 
 
-def _persist(url: str, attempt: Callable[[float], T], attempt_s: float, deadline_s: float) -> T:
-    """Try until it works or the deadline is over; `attempt` is told the seconds it may take."""
+def _persist(
+    url: str,
+    attempt: Callable[[float], T],
+    attempt_s: float,
+    deadline_s: float,
+    also_final: tuple[type[Exception], ...] = (),
+) -> T:
+    """Try until it works or the deadline is over; `attempt` is told the seconds it may take.
+
+    Local reads come through here too: on a cluster they go to a file server. There a short file is short for good.
+    """
     start_s = time.monotonic()
     wait_s = FIRST_WAIT_S
     while True:
         try:
             return attempt(max(min(attempt_s, start_s + deadline_s - time.monotonic()), 0.01))
         except Exception as error:  # remote clients raise many kinds that are no OSError
-            if isinstance(error, FINAL_ERRORS + BUGS) or type(error).__name__ in FINAL_NAMES:
+            if isinstance(error, FINAL_ERRORS + BUGS + also_final) or type(error).__name__ in FINAL_NAMES:
                 raise
             pause_s = wait_s * random.uniform(0.5, 1.5)
             left_s = start_s + deadline_s - time.monotonic()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
-from pretrain.model.mask import allowed_counts
+from pretrain.geometry import allowed_counts
 from pretrain.model.sizes import SIZES, Grid
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -212,6 +212,8 @@ def _decode_decord(video: bytes, frame_numbers: NDArray[np.int32], facts: VideoF
 
     decord: Any = untyped
     height, width = facts.height - facts.height % 2, facts.width - facts.width % 2
+    if sniff(video[:600]) is None:  # decord would open playlists, and the files they name
+        raise SampleError("decode", "it is in none of the containers that are read")
     try:
         reader = decord.VideoReader(io.BytesIO(video), ctx=decord.cpu(0), num_threads=1)
         if len(reader) <= int(frame_numbers[-1]):

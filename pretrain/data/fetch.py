@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -233,10 +234,11 @@ class FetchThreads:
 
     def close(self) -> None:
         """Cancel what waits and let the threads end after the call each is in."""
-        while not self._calls.empty():
-            entry = self._calls.get()
-            if entry is not None:
-                entry[0].set_exception(PoolClosedError())
+        with suppress(queue.Empty):
+            while True:  # the threads take from the same queue: it may be empty by the time it is asked
+                entry = self._calls.get_nowait()
+                if entry is not None and entry[0].set_running_or_notify_cancel():
+                    entry[0].set_exception(PoolClosedError())
         for _ in self._threads:
             self._calls.put(None)
 

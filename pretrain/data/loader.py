@@ -135,7 +135,8 @@ class ClipLoader:
         self._threads = FetchThreads(2 * data.workers + 2 if data.workers else 1)
         self._stop = weakref.finalize(self, _shut_down, self._threads, self._pool)
 
-        self._bad: dict[int, str] = {}  # unusable samples met so far, and why
+        # Unusable samples met so far, and why; what earlier attempts met counts.
+        self._bad: dict[int, str] = {row.wanted: row.reason for row in self._journal.rows()}
         self._stats = LoaderStats()
         self._num_respawns_told = 0
         self._micro_index = 0  # micro batches handed out since position 0
@@ -188,13 +189,14 @@ class ClipLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` says. Nothing that is finished is read again.
 
-        Raises UserError if the state is of another data set, seed, order or journal, or not at the beginning of a step.
+        The journal's digest is evidence for the audit and no gate: rows before the position are done with, and a
+        rank that died late may have added some. Raises UserError if the state is of another data set, seed or order,
+        or not at the beginning of a step.
         """
         for key, ours in (
             ("order_version", ORDER_VERSION),
             ("manifest_hash", self.manifest_hash),
             ("seed", self._seed),
-            ("journal_digest", self._journal.digest(state["position"])),
         ):
             if state[key] != ours:
                 raise UserError(
@@ -412,6 +414,8 @@ def _tensor(array: NDArray[Any]) -> torch.Tensor:
 
 
 def _shut_down(threads: FetchThreads, pool: DecoderPool) -> None:
-    threads.close()
-    pool.close()
+    try:
+        threads.close()
+    finally:
+        pool.close()
     threads.join(limit_s=2.0)

@@ -21,8 +21,9 @@ from pretrain.downstream.clips import Sample, open_samples
 from pretrain.downstream.encode import write_mp4
 from pretrain.downstream.pictures import Reconstruction, fill_in, to_bytes
 from pretrain.downstream.view import middle_crops
+from pretrain.geometry import visible_cells
 from pretrain.load import Export, load_export
-from pretrain.model.mask import tube_mask, visible_cells
+from pretrain.model.mask import tube_mask
 from shards.errors import UserError
 from shards.pack import PackProgress
 

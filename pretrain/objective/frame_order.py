@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.config import FrameOrderConfig
+from pretrain.geometry import visible_cells
 from pretrain.model.embed import Linear, take
-from pretrain.model.mask import num_tube_uniforms, tube_mask, visible_cells
+from pretrain.model.mask import num_tube_uniforms, tube_mask
 from pretrain.model.sizes import PATCH_VALUES, TUBELET, Grid, Size, encoder_flops
 from pretrain.model.vit import Encoder
 from pretrain.objective.loss import ClipKey, ClipKeys, Loss, Objective, Part

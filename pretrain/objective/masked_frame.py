@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from pretrain.config import MaskedFrameConfig
+from pretrain.geometry import allowed_counts, visible_cells
 from pretrain.model.decoder import Decoder
 from pretrain.model.embed import take
-from pretrain.model.mask import (
-    allowed_counts,
-    num_tube_and_frame_uniforms,
-    tube_and_frame_mask,
-    visible_cells,
-)
+from pretrain.model.mask import num_tube_and_frame_uniforms, tube_and_frame_mask
 from pretrain.model.sizes import Grid, Size, decoder_flops, encoder_flops
 from pretrain.model.vit import Encoder
 from pretrain.objective.loss import ClipKeys, Loss, Objective, Part

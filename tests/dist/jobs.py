@@ -10,7 +10,7 @@ import torch
 
 from pretrain.agree import Agreement
 from pretrain.batch import ClipBatch
-from pretrain.checkpoint import Checkpoint, Facts, begin, commit, read_parts, staging_folder, write_part
+from pretrain.checkpoint import Checkpoint, Facts, begin, publish, read_parts, stage, staging_folder, write_part
 from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig, TrainConfig, ZeroConfig
 from pretrain.engine import Engine
 from pretrain.ledger import LineageHead
@@ -132,8 +132,28 @@ def train(
     return {"losses": losses, "norms": norms, "optimizer_steps": engine.optimizer_steps}
 
 
+def not_finite(*, stage: int, precision: str) -> list[bool]:
+    """Is the step applied: with sound weights, and once a weight is infinite on every rank."""
+    engine = make_engine(
+        stage=stage,
+        offload=False,
+        precision=precision,
+        optimizer="adamw",
+        global_batch=4,
+        micro_batch=2,
+        seed=1,
+    )
+    applied = [engine.step(made_up_batches(0, engine, 4, 2), lr=1e-3).is_applied]
+
+    def infinite(name: str, state: str, offset: int, length: int) -> torch.Tensor:
+        return torch.full((length,), float("inf") if state == "fp32" and name == "encoder.norm.weight" else 0.01)
+
+    engine.restore(infinite, 1)
+    return [*applied, engine.step(made_up_batches(1, engine, 4, 2), lr=1e-3).is_applied]
+
+
 def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
-    world, agreement = world_from_environment(), Agreement()
+    world, agreement = world_from_environment(), Agreement(300)
     if world.is_first:
         begin(run_dir, step, 1)
     agreement.wait()
@@ -152,7 +172,8 @@ def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
             versions={},
             changes=[],
         )
-        commit(staging, facts, parts, LineageHead("none", ""))
+        stage(staging, facts, parts, LineageHead("none", ""))
+        publish(staging, step)
     agreement.wait()
 
 

@@ -115,6 +115,20 @@ def test_killed_at_a_seam(seam: str, reference: Path, tmp_path: Path, packed: Pa
     assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.parametrize(("world", "stage"), [(1, 3), (3, 0)])
+def test_killed_and_resumed_on_another_number_of_ranks(
+    world: int, stage: int, reference: Path, tmp_path: Path, packed: Path
+) -> None:
+    """2 ranks at stage 2 are killed; others at another stage end with the same samples, and the audit is exact."""
+    config = write_config(tmp_path, packed)
+    program = [str(Path(__file__).with_name("die_at.py")), "between step and ledger", "4", str(config)]
+    ranks.finish(ranks.start(program, 2))
+    ranks.train(config, world, f"zero.stage={stage}")
+    assert consumed(tmp_path / "run") == consumed(reference)
+    result = audit_run(tmp_path / "run")
+    assert result.exit_code == 0, "\n".join(result.lines)
+
+
 def test_killed_from_outside_at_a_moment_it_does_not_know(reference: Path, tmp_path: Path, packed: Path) -> None:
     """Through the real command with the real launcher, three times, until it ends by itself."""
     config = write_config(tmp_path, packed)

@@ -64,6 +64,22 @@ def test_same_layout_goes_on_bit_by_bit(ranks: Any, tmp_path: Path) -> None:
             assert torch.equal(values, expected[name]), f"{name} at stage {stage}"
 
 
+@pytest.mark.parametrize(("optimizer", "keys"), [("sgd", ("momentum_buffer",)), ("adamw", STATES[1:])])
+def test_offload_and_momentum_go_on_too(ranks: Any, tmp_path: Path, optimizer: str, keys: tuple[str, ...]) -> None:
+    """Saved with states in CPU memory at stage 2, gone on with at stages 1 (offloaded), 3 (offloaded) and 0."""
+    settings: dict[str, Any] = {"precision": "fp32", "global_batch": 8, "micro_batch": 2, "optimizer": optimizer}
+    [uninterrupted, _] = ranks(2).run("train", steps=[0, 1, 2, 3], stage=2, offload=True, **settings)
+    ranks(2).run("train", steps=[0, 1], stage=2, offload=True, save=str(tmp_path), **settings)
+    folder = tmp_path / "checkpoints" / "step-000002"
+    assert all(Checkpoint(folder).has("encoder.norm.weight", key) for key in keys)
+    for world, stage, offload in ((2, 2, True), (3, 1, True), (1, 3, True), (2, 0, False)):
+        answers = ranks(world).run(
+            "train", steps=[2, 3], stage=stage, offload=offload, load=str(folder), seed=99, **settings
+        )
+        expected = [loss["loss"] for loss in uninterrupted["losses"][2:]]
+        assert [loss["loss"] for loss in answers[0]["losses"]] == pytest.approx(expected, rel=1e-5)
+
+
 def test_slices_cover_every_state_once(ranks: Any, tmp_path: Path) -> None:
     """commit() asserts the cover; here the sizes on disk show that nothing is stored twice."""
     for world, stage in ((1, 0), (4, 0), (3, 1), (3, 3)):

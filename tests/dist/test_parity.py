@@ -107,6 +107,13 @@ def test_clipping_is_the_same_at_every_stage(ranks: Any, tmp_path: Path) -> None
         assert_close(other, moments[0], RELATIVE)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_is_told(ranks: Any, stage: int, precision: str) -> None:
+    """Whether DeepSpeed dropped the step or torch applied it: no rank takes it for a good one."""
+    assert ranks(2).run("not_finite", stage=stage, precision=precision) == [[True, False]] * 2
+
+
 @pytest.mark.parametrize(("optimizer", "state"), [("adam", "exp_avg"), ("sgd", "momentum_buffer"), ("sgd", "fp32")])
 def test_other_optimizers_agree_over_stages(ranks: Any, tmp_path: Path, optimizer: str, state: str) -> None:
     """Adam's parameters are left out: it divides by the size of the gradient, and so blows up its last bits."""

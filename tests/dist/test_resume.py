@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.checkpoint import newest
+from pretrain.ledger import Journal, JournalRow
+from pretrain.replay import replay_step
 from pretrain.witness import audit_run
 from tests.dist import ranks
 
@@ -76,6 +81,55 @@ def test_more_steps_need_change_and_are_recorded(half: Path) -> None:
     assert found.facts.step == 4
     assert found.facts.changes == ["step 2: train.steps was 2 and is 4"]
     assert audit_run(half.parent / "run").exit_code == 0
+
+
+def test_torchrun_is_the_same_run(half: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["-m", "pretrain.train", str(half), f"run.dir={tmp_path / 'run'}", "eval.every_steps=0"]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "x 2 ranks x" in done.stdout
+    assert audit_run(tmp_path / "run").exit_code == 0
+
+
+def test_numbers_that_blow_up_end_the_run_before_a_save(half: Path, tmp_path: Path) -> None:
+    output = fail(half, f"run.dir={tmp_path / 'run'}", "optim.lr=1e30", "train.steps=20", "checkpoint.every_steps=1")
+    assert "is not finite" in output
+    assert "lower optim.lr" in output
+    found = newest(tmp_path / "run")
+    if found is not None:
+        shapes = found.facts.shapes
+        values = [found.read(name, "fp32", 0, torch.Size(shape).numel()) for name, shape in shapes.items()]
+        assert all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def test_replay_changes_nothing_but_pictures(half: Path) -> None:
+    """Even where a sample fails here that did not fail there."""
+    run_dir = half.parent / "run"
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "pictures" not in path.parts}
+    result = replay_step(run_dir, 0)
+    assert result.matches
+    assert result.is_committed
+    assert result.weights_of_step is None
+    damaged = Journal(run_dir / "journal", is_read_only=True)
+    damaged.add(JournalRow(0, result.samples[0], result.samples[1], "checksum"))
+    assert damaged.find(0) is not None
+    after = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and "pictures" not in path.parts}
+    assert after == before
+
+
+def test_secrets_in_urls_reach_nothing(half: Path, tmp_path: Path) -> None:
+    """C14: a start that fails on an address with a password in it."""
+    run_dir = tmp_path / "run"
+    config = tmp_path / "run.yaml"
+    config.write_text(half.read_text().replace(str(half.parent / "run"), str(run_dir)))
+    codes, outputs = ranks.finish(
+        ranks.start(["-m", "pretrain.train", str(config), "data.eval_shards=ftp://me:CANARY@127.0.0.1:9/x?k=CANARY"], 1)
+    )
+    assert codes != [0]
+    assert "CANARY" not in "".join(outputs)
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or b"CANARY" not in path.read_bytes(), path
 
 
 def test_new_run_from_old_weights(half: Path, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def stop(number, frame):
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 if rank == 0 and told != "refuse":
-    (run / "attempts/0001.json").write_text("{}")
+    token = os.environ["TUBELET_START"].partition(":")[2]
+    (run / "attempts/0001.json").write_text(json.dumps({"start": token}))
 (run / f"rank-{rank}.tmp").write_text(json.dumps(place))
 (run / f"rank-{rank}.tmp").rename(run / f"rank-{rank}.json")
 if told == "hang":

@@ -34,12 +34,16 @@ def test_killing_tubelet_alone_ends_every_rank(tmp_path: Path) -> None:
         "track.log_every_steps=1",
     ]
     command = [sys.executable, "-m", "launch.cli", "pretrain", "configs/demo.yaml", *words, "--ranks", "2"]
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL) as tubelet:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=pipe, stderr=pipe) as tubelet:
         try:
             until(lambda: (run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text(), 120)
             mark = next(mark for mark in marks() if mark.startswith(f"{tubelet.pid}:"))
             assert len(local.marked(mark, only_ranks=True)) == 2
-            tubelet.kill()
+            tubelet.kill()  # and whoever read its output is gone with it
+            for output in (tubelet.stdout, tubelet.stderr):
+                assert output is not None
+                output.close()
             tubelet.wait()
             until(lambda: not local.marked(mark), 60)
         finally:

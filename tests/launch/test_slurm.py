@@ -33,8 +33,8 @@ class Run:
     def arguments(self) -> list[str]:
         return [CONFIG, f"run.dir={self.dir}"]
 
-    def attempt(self, number: int, outcome: str | None = None, reason: str = "because") -> None:
-        self._write(f"attempts/{number:04d}.json", {"attempt": number})
+    def attempt(self, number: int, outcome: str | None = None, reason: str = "because", job: str = "12") -> None:
+        self._write(f"attempts/{number:04d}.json", {"attempt": number, "start": f"slurm-{job}.0"})
         if outcome is not None:
             row = {"outcome": outcome, "step": 5, "reason": reason}
             self._write(f"attempts/{number:04d}.outcome.json", row)
@@ -119,6 +119,14 @@ def test_everything_else_goes_back_into_the_queue(run: Run, programs: Programs, 
     run.attempt(2, outcome)
     assert slurm.after(1, code, run.arguments, JOB) == 75
     assert ["requeue", "12"] in programs.calls("scontrol")
+
+
+def test_a_job_that_another_start_superseded_does_not_take_over_again(run: Run, programs: Programs) -> None:
+    """Two jobs on one run: the older one found the newer one at work and says so; the newer one is still at it."""
+    run.attempt(1, "person", "attempt 2 is at work")
+    run.attempt(2, job="13")
+    assert slurm.after(0, 93, run.arguments, JOB) == 93
+    assert not programs.calls("scontrol")
 
 
 def test_an_older_attempt_says_nothing(run: Run, programs: Programs) -> None:

@@ -8,6 +8,7 @@ import pytest
 from pretrain.attempt import (
     Outcome,
     Superseded,
+    attempt_of,
     newest_attempt,
     read_outcome,
     record_outcome,
@@ -52,3 +53,21 @@ def test_a_torn_outcome_is_none(tmp_path: Path) -> None:
     attempt = take_attempt(tmp_path, 1)
     (tmp_path / "attempts" / f"{attempt:04d}.outcome.json").write_text('{"outcome": "fin')
     assert read_outcome(tmp_path) is None
+
+
+def test_a_start_finds_its_own_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts on one run: each decides from its own outcome, not from the newest."""
+    for token in ("first", "second", "first"):
+        monkeypatch.setenv("TUBELET_START", f"0:{token}")
+        take_attempt(tmp_path, 1)
+    assert attempt_of(tmp_path, "first", since=0) == 3
+    assert attempt_of(tmp_path, "second", since=0) == 2
+    assert attempt_of(tmp_path, "second", since=2) is None
+    assert attempt_of(tmp_path, "third", since=0) is None
+
+
+def test_an_outcome_holds_no_password(tmp_path: Path) -> None:
+    record_outcome(
+        tmp_path, take_attempt(tmp_path, 1), Outcome("failed", 0, "s3://me:CANARY@host/x?key=CANARY is gone")
+    )
+    assert "CANARY" not in (tmp_path / "attempts" / "0001.outcome.json").read_text()

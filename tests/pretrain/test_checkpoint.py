@@ -37,7 +37,8 @@ def save(run_dir: Path, step: int, cuts: int = 2) -> Path:
         checkpoint.write_part(staging, rank, slices, Segment(f"r{rank}", 1, "x"))
     parts, segments = checkpoint.read_parts(staging, cuts)
     assert len(segments) == cuts
-    return checkpoint.commit(staging, facts(step), parts, LineageHead("l", "h"))
+    checkpoint.stage(staging, facts(step), parts, LineageHead("l", "h"))
+    return checkpoint.publish(staging, step)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -57,7 +58,7 @@ def test_a_gap_between_slices_is_never_committed(tmp_path: Path) -> None:
     slices = [("a.weight", "fp32", 0, torch.ones(11)), ("b.bias", "fp32", 0, torch.ones(5))]
     checkpoint.write_part(staging, 0, slices, None)
     with pytest.raises(AssertionError, match=r"a\.weight fp32: 11 of 12"):
-        checkpoint.commit(staging, facts(1), checkpoint.read_parts(staging, 1)[0], LineageHead("l", "h"))
+        checkpoint.stage(staging, facts(1), checkpoint.read_parts(staging, 1)[0], LineageHead("l", "h"))
     assert candidates(tmp_path) == []
 
 
@@ -65,7 +66,9 @@ def test_pointer_names_the_newest_and_old_ones_go(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "checkpoints" / "step-000004.0001.tmp").mkdir()
-    checkpoint.keep_newest(tmp_path, 2)
+    (tmp_path / "checkpoints" / "step-000005.0002.tmp").mkdir()
+    checkpoint.keep_newest(tmp_path, 2, step=3, attempt=1)
+    (tmp_path / "checkpoints" / "step-000005.0002.tmp").rmdir()  # of a newer attempt: not ours to touch
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000002", "step-000003"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
     found = newest(tmp_path)
@@ -75,6 +78,25 @@ def test_pointer_names_the_newest_and_old_ones_go(tmp_path: Path) -> None:
     assert earlier is not None
     assert earlier.facts.step == 2
     assert newest(tmp_path, at_most=1) is None
+
+
+def test_later_ones_were_broken_and_do_not_count(tmp_path: Path) -> None:
+    """After a fall-back from step 9 to step 1 the run saves steps 2 and 3: both stay, the broken one goes."""
+    for step in (1, 2, 3, 9):
+        save(tmp_path, step)
+    checkpoint.keep_newest(tmp_path, 2, step=3, attempt=1)
+    assert [folder.name for folder in candidates(tmp_path)] == ["step-000003", "step-000002"]
+
+
+def test_a_slice_in_a_file_without_a_hash_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    manifest["slices"]["b.bias"]["fp32"][0][2] = "../other.safetensors"
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoint._manifest_hash(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BrokenCheckpoint, match="outside its folder"):
+        Checkpoint(folder)
 
 
 def damage_file(folder: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pretrain import names, proof
 from pretrain.batch import COLOR_RGB24, IMAGENET_MEAN, IMAGENET_STD
-from pretrain.checkpoint import Facts, begin, commit, read_parts, write_part
+from pretrain.checkpoint import Facts, begin, publish, read_parts, stage, write_part
 from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from pretrain.data.decode import Frames
 from pretrain.downstream.view import middle_crops
@@ -347,7 +347,8 @@ def write_checkpoint(run_dir: Path, step: int, model: Pretraining, config: dict[
         changes=[],
     )
     parts, _ = read_parts(staging, 2)
-    return commit(staging, facts, parts, LineageHead("ledger/none.json", "0" * 64))
+    stage(staging, facts, parts, LineageHead("ledger/none.json", "0" * 64))
+    return publish(staging, facts.step)
 
 
 def test_export_of_a_run_takes_its_newest_checkpoint(tmp_path: Path) -> None:

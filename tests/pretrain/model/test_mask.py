@@ -5,15 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.model.mask import (
-    Mask,
-    allowed_counts,
-    num_tube_and_frame_uniforms,
-    tube_and_frame_mask,
-    tube_mask,
-    visible_cells,
-    visible_counts,
-)
+from pretrain.geometry import allowed_counts, visible_cells, visible_counts
+from pretrain.model.mask import Mask, num_tube_and_frame_uniforms, tube_and_frame_mask, tube_mask
 from shards.errors import UserError
 
 

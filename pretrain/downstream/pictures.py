@@ -27,6 +27,8 @@ MASK_GREY = 0.5
 GAP = 4
 LINE_HEIGHT = 14
 LABEL_WIDTH = 74
+MIN_SIDE = 96
+"""Smaller frames are enlarged to at least this, by whole factors, pixel by pixel."""
 ROW_LABELS = ("original", "masked", "filled in")
 
 
@@ -111,7 +113,8 @@ def grid_of(pictures: Reconstruction, clip: int, caption: str = "", columns: int
     views = (pictures.original, pictures.masked, pictures.filled)
     num_slots = views[0].shape[2] // TUBELET
     slots = torch.linspace(0, num_slots - 1, min(columns, num_slots)).round().long()
-    height, width = views[0].shape[-2:]
+    factor = max(1, -(-MIN_SIDE // views[0].shape[-1]))
+    height, width = (side * factor for side in views[0].shape[-2:])
     sheet = Image.new(
         "RGB",
         (LABEL_WIDTH + len(slots) * (width + GAP), len(views) * (height + GAP) + (LINE_HEIGHT if caption else 0)),
@@ -122,7 +125,8 @@ def grid_of(pictures: Reconstruction, clip: int, caption: str = "", columns: int
         top = row * (height + GAP)
         draw.text((GAP, top + height // 2 - LINE_HEIGHT // 2), label, fill="black")
         for column, frame_HW3 in enumerate(to_bytes(view_BCTHW[clip, :, slots * TUBELET])):
-            sheet.paste(Image.fromarray(frame_HW3), (LABEL_WIDTH + column * (width + GAP), top))
+            frame = Image.fromarray(frame_HW3).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(frame, (LABEL_WIDTH + column * (width + GAP), top))
     if caption:
         draw.text((GAP, len(views) * (height + GAP)), caption, fill="black")
     return sheet

@@ -84,7 +84,7 @@ def test_more_steps_need_change_and_are_recorded(half: Path) -> None:
 
 
 def test_torchrun_is_the_same_run(half: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "pretrain.train", str(half), f"run.dir={tmp_path / 'run'}", "eval.every_steps=0"]
     done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,6 +34,7 @@ def words(tmp_path: Path, shards: Path) -> list[str]:
         f"run.dir={tmp_path / 'run'}",
         f"data.shards={shards}",
         f"train.steps={STEPS}",
+        "schedule.warmup_steps=2",
         "train.global_batch=4",
         "train.micro_batch=1",
         "checkpoint.every_steps=4",

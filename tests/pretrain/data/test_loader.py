@@ -284,14 +284,12 @@ def test_a_killed_worker_loses_nothing(data: Data, plain: list[tuple[Any, ...]])
     with ClipLoader(data(workers=2), seed=3, global_batch=6, journal=journal) as loader:
         batches = take(loader, 2)
         num_killed = 0
-        for _ in range(5):
-            for pid in loader.worker_pids[:1]:
-                os.kill(pid, signal.SIGKILL)
-                num_killed += 1
-            batches += take(loader, 2)
+        for _ in range(2):  # far enough apart that no clip meets both: a clip whose decoder dies twice is replaced
+            os.kill(loader.worker_pids[0], signal.SIGKILL)
+            num_killed += 1
+            batches += take(loader, 5)
         stats = loader.stats()
     assert rows_of(batches) == plain
-    assert num_killed >= 2
     assert 1 <= stats.num_respawns <= num_killed
     assert stats.substituted == {}
 

@@ -59,11 +59,11 @@ def test_grid_has_three_rows_of_time() -> None:
     for frame in range(8):
         views[0][:, :, frame] = frame / 10
     sheet = np.asarray(grid_of(Reconstruction(*views), 0, "step 3", columns=4))
-    left = 74
-    assert [int(sheet[10, left + 36 * column + 5, 0]) for column in range(4)] == [0, 51, 102, 153]  # frames 0, 2, 4, 6
-    assert int(sheet[36 + 10, left + 5, 0]) == 128
-    assert int(sheet[72 + 10, left + 5, 0]) == 255
-    assert sheet[108:].min() < 128  # the caption
+    left, step = 74, 3 * 32 + 4  # frames of 32 pixels are drawn three times as large
+    assert [int(sheet[10, left + step * column + 5, 0]) for column in range(4)] == [0, 51, 102, 153]  # 0, 2, 4, 6
+    assert int(sheet[step + 10, left + 5, 0]) == 128
+    assert int(sheet[2 * step + 10, left + 5, 0]) == 255
+    assert sheet[3 * step :].min() < 128  # the caption
 
 
 def test_files_are_written_whole_one_per_clip(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_files_are_written_whole_one_per_clip(tmp_path: Path) -> None:
         assert [path.name for path in written] == ["step-000020-0.png", "step-000020-1.png"]
         assert sorted(tmp_path.glob("pictures/*")) == written
     with Image.open(written[0]) as image:
-        assert image.size == (74 + 2 * 36, 3 * 36 + 14)
+        assert image.size == (74 + 2 * 100, 3 * 100 + 14)
 
 
 def test_bytes_are_rounded() -> None:

@@ -32,12 +32,15 @@ def make_engine(
     micro_batch: int,
     seed: int,
     clip_norm: float = 0.5,
+    activation_checkpointing: bool = False,
 ) -> Engine:
     objectives = ObjectiveConfig(
         masked_frame=MaskedFrameConfig(mask_ratio=0.5),
         frame_order=FrameOrderConfig(weight=0.2, mask_ratio=0.5, min_motion=0),
     )
-    model = Pretraining("nano", objectives, frames=FRAMES, size=SIZE, seed=seed)
+    model = Pretraining(
+        "nano", objectives, frames=FRAMES, size=SIZE, seed=seed, activation_checkpointing=activation_checkpointing
+    )
     train = TrainConfig(
         steps=10, global_batch=global_batch, micro_batch=micro_batch, precision=precision, clip_norm=clip_norm
     )
@@ -105,6 +108,7 @@ def train(
     load: str | None = None,
     save: str | None = None,
     clip_norm: float = 0.5,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Train `steps`, from a checkpoint folder or from `seed`; perhaps save; give losses and grad norms."""
     engine = make_engine(
@@ -116,6 +120,7 @@ def train(
         micro_batch=micro_batch,
         seed=seed,
         clip_norm=clip_norm,
+        activation_checkpointing=activation_checkpointing,
     )
     if load is not None:
         checkpoint = Checkpoint(Path(load))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.attempt import EXIT_CODES, attempt_of, read_outcome
+from pretrain.attempt import EXIT_CODES, attempt_of, read_outcome, read_refusal
 
 FINISHED = EXIT_CODES["finished"]
 TRY_AGAIN = EXIT_CODES["failed"]
@@ -22,6 +22,8 @@ def exit_code(run_dir: Path, *, token: str, since: int, launcher_code: int) -> i
     found the run finished, or never came up: only then does the launcher's code say something, and its 0 is believed
     only beside a DONE file.
     """
+    if read_refusal(run_dir, token) is not None:
+        return PERSON_NEEDED
     own = attempt_of(run_dir, token, since)
     if own is not None:
         outcome = read_outcome(run_dir, own)

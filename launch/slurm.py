@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launch import outcome
 from launch.node import DEMO_CONFIG, split_arguments, start_token
-from pretrain.attempt import attempt_of, newest_attempt, read_outcome
+from pretrain.attempt import attempt_of, newest_attempt, read_outcome, read_refusal
 from pretrain.config import load_config
 from shards.errors import UserError
 
@@ -69,7 +69,7 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
     run_dir = _run_dir(arguments)
     token = start_token(slurm)
     own = attempt_of(run_dir, token, since)
-    ended = None if own is None else read_outcome(run_dir, own)
+    ended = read_refusal(run_dir, token) if own is None else read_outcome(run_dir, own)
     _say(f"{run_dir}: {ended.reason if ended else 'the ranks ended without a word'} (srun returned {code})")
     decided = outcome.exit_code(run_dir, token=token, since=since, launcher_code=code)
     if decided in (outcome.FINISHED, outcome.PERSON_NEEDED):

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from pretrain.redact import without_secrets
 from shards.errors import UserError
+from shards.storage import write_atomic
 
 Kind = Literal["finished", "stopped", "failed", "person"]
 
@@ -63,6 +64,27 @@ def attempt_of(run_dir: Path, token: str, since: int) -> int | None:
         if taken_by == token:
             return number
     return None
+
+
+def record_refusal(run_dir: Path, reason: str) -> None:
+    """A start that was refused before it took a number says why, under its token: scripts decide from that (C11).
+
+    Every rank writes it: the first one to end has the others terminated. Nothing of the run is touched. Where nobody
+    set a token nobody asks, and nothing is written.
+    """
+    if start_token():
+        (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+        refusal = {"reason": without_secrets(reason), "time": time.time()}
+        write_atomic(run_dir / "attempts" / f"refused-{start_token()}.json", json.dumps(refusal).encode() + b"\n")
+
+
+def read_refusal(run_dir: Path, token: str) -> Outcome | None:
+    """Why the start with this token was refused; None where it was not."""
+    try:
+        reason = json.loads((run_dir / "attempts" / f"refused-{token}.json").read_text())["reason"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return Outcome("person", 0, str(reason))
 
 
 def take_attempt(run_dir: Path, world_size: int) -> int:

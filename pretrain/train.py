@@ -12,11 +12,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from pretrain.attempt import Outcome, record_outcome
+from pretrain.attempt import Outcome, record_outcome, record_refusal
 from pretrain.config import Config, load_config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not word.startswith("--local_rank")]
     files = [word for word in words if word != "--change"]
     is_first = os.environ.get("RANK", "0") == "0"
-    attempt, run_dir = 0, Path()
+    attempt, run_dir = 0, Path(os.devnull)
     try:
         if not files:
             raise UserError("no config was given: python -m pretrain.train CONFIG.yaml [section.key=value …]")
@@ -155,6 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         Console(is_first).end(config, outcome)
     except UserError as error:
         try:
+            if not attempt:
+                with suppress(OSError):  # the run folder may be what cannot be written: the message must still come
+                    record_refusal(run_dir, str(error))
             if record_outcome(run_dir, attempt, Outcome("person", 0, str(error))) if attempt else is_first:
                 print(f"error: {without_secrets(str(error))}", file=sys.stderr, flush=True)
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import slurm
+from pretrain.attempt import record_refusal
 from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,17 @@ def test_everything_else_goes_back_into_the_queue(run: Run, programs: Programs, 
     run.attempt(2, outcome)
     assert slurm.after(1, code, run.arguments, JOB) == 75
     assert ["requeue", "12"] in programs.calls("scontrol")
+
+
+def test_a_refused_start_needs_a_person(
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It took no attempt, and srun says 143 as it does for every failure."""
+    monkeypatch.setenv("TUBELET_START", "0:slurm-12.0")
+    record_refusal(run.dir, "data.shards is gone")
+    assert slurm.after(0, 143, run.arguments, JOB) == 93
+    assert "data.shards is gone" in capsys.readouterr().err
+    assert not programs.calls("scontrol")
 
 
 def test_a_job_that_another_start_superseded_does_not_take_over_again(run: Run, programs: Programs) -> None:

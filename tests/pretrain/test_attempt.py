@@ -11,7 +11,9 @@ from pretrain.attempt import (
     attempt_of,
     newest_attempt,
     read_outcome,
+    read_refusal,
     record_outcome,
+    record_refusal,
     refuse_superseded,
     take_attempt,
 )
@@ -71,3 +73,14 @@ def test_an_outcome_holds_no_password(tmp_path: Path) -> None:
         tmp_path, take_attempt(tmp_path, 1), Outcome("failed", 0, "s3://me:CANARY@host/x?key=CANARY is gone")
     )
     assert "CANARY" not in (tmp_path / "attempts" / "0001.outcome.json").read_text()
+
+
+def test_a_refusal_is_found_by_its_start_and_takes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUBELET_START", raising=False)
+    record_refusal(tmp_path, "nobody asks")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TUBELET_START", "0:mine")
+    record_refusal(tmp_path, "s3://me:CANARY@host/x is gone")
+    assert newest_attempt(tmp_path) == 0
+    assert read_refusal(tmp_path, "mine") == Outcome("person", 0, "s3://host/x is gone")
+    assert read_refusal(tmp_path, "other") is None

@@ -211,6 +211,7 @@ def test_honest_run_is_exact(run: Run) -> None:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_every_honest_history_is_exact(data: st.DataObject) -> None:
@@ -492,6 +493,7 @@ def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
 # ---- size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three million rows: one byte per clip of an interval and of an epoch, and one piece of a file at a time."""
     monkeypatch.setattr("pretrain.audit.ROWS_AT_A_TIME", 1 << 13)

@@ -383,6 +383,7 @@ def test_config_that_does_not_tell_the_shapes_is_named(tmp_path: Path) -> None:
         export_state(model.state_dict(), {**config, "data": {"frames": 6, "size": 32}}, tmp_path / "export")
 
 
+@pytest.mark.slow
 def test_export_and_load_work_without_deepspeed_and_wandb(tmp_path: Path) -> None:
     model, config = make_run()
     write_checkpoint(tmp_path / "run", 20, model, config)

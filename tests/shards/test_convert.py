@@ -71,6 +71,7 @@ def test_a_child_converts_several_files(make_video: MakeVideo, clips: Path, tmp_
         assert (tmp_path / number / "outcome.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "reason", "words"),
     [

@@ -41,6 +41,7 @@ def test_a_batch_over_several_epochs_equals_single_positions(
         assert (epoch, sample) == (one_epoch[0], one_sample[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [3, 4, 5, 6])
 @pytest.mark.parametrize("over", ["epochs", "seeds"])
 def test_all_orders_of_a_few_samples_are_about_equally_likely(num_samples: int, over: str) -> None:

@@ -334,6 +334,7 @@ def crc_of(packed: Path, sample: int) -> int:
     return int(open_split(str(packed), "train").records["checksum"][sample])
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_and_its_clip_replaced(
     data: Data, packed: Path, tmp_path: Path, plain: list[tuple[Any, ...]]
 ) -> None:
@@ -427,6 +428,7 @@ def test_a_forgotten_loader_ends_its_workers(data: Data) -> None:
     assert wait_for(lambda: all(has_ended(pid) for pid in pids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hangs", [False, True], ids=["idle", "hung"])
 def test_a_killed_trainer_leaves_no_worker_behind(hangs: bool, data: Data, tmp_path: Path) -> None:
     command = worker_that("import ctypes\ndef trap(video): ctypes.PyDLL(None).sleep(1000)") if hangs else None

@@ -35,6 +35,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
+@pytest.mark.slow
 def test_features_are_the_mean_of_the_tokens_of_the_middle_clip(exported: Path, packed: Path) -> None:
     opened = load_export(exported)
     with open_samples(packed, opened.geometry) as samples:

@@ -112,6 +112,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_probe_on_a_folder_of_videos(exported: Path, films: Path) -> None:
     result = probe(exported, films, num_random=2)
     assert isinstance(result, ProbeResult)

@@ -42,6 +42,7 @@ def test_original_masked_and_filled_in_stand_side_by_side(exported: Path, tmp_pa
     assert "side" in " ".join(report.lines()) or "|" in report.lines()[0]
 
 
+@pytest.mark.slow
 def test_seed_decides_the_masks(exported: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         reconstruct(exported, CITY, tmp_path / f"{name}.mp4", seed=seed, max_windows=1)

@@ -171,6 +171,7 @@ def test_chance_is_what_an_even_guess_over_the_other_slots_costs():
 # ------------------------------------------------------------------ shortcuts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaks", [False, True])
 def test_without_pixels_accuracy_stays_at_chance(leaks: bool):
     """Trained on black clips with the gate off and tested on other draws: positions give nothing away.

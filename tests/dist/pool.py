@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.dist.ranks import ROOT, environments
 
 
 class RankPool:
@@ -18,26 +17,12 @@ class RankPool:
 
     def __init__(self, world: int, logs: Path) -> None:
         self.world = world
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self._processes: list[subprocess.Popen[bytes]] = []
         self._logs: list[Path] = []
         self._answers = []
-        for rank in range(world):
+        for rank, environment in enumerate(environments(world)):
             read, write = os.pipe()
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "ANSWERS": str(write),
-            }
+            environment["ANSWERS"] = str(write)
             log = logs / f"pool-{world}-rank-{rank}.log"
             with log.open("wb") as out:
                 process = subprocess.Popen(

@@ -15,25 +15,27 @@ ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 20.0
 
 
-def start(program: Sequence[str], world: int, **extra: str) -> list[subprocess.Popen[str]]:
-    """`world` processes of `python PROGRAM…`, all in the process group of the first."""
+def environments(world: int) -> list[dict[str, str]]:
+    """What a launcher would set for each rank, with a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def start(program: Sequence[str], world: int) -> list[subprocess.Popen[str]]:
+    """`world` processes of `python PROGRAM…`, all in the process group of the first."""
     started: list[subprocess.Popen[str]] = []
-    for rank in range(world):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **extra,
-        }
+    for environment in environments(world):
         group = started[0].pid if started else 0
         started.append(
             subprocess.Popen(

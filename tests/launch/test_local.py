@@ -103,7 +103,7 @@ class StandIn:
 
 def wait_until(ready: object, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
-    while not ready():  # type: ignore[operator]
+    while not ready():
         assert time.monotonic() < deadline_s, f"not ready after {timeout_s} s"
         time.sleep(0.05)
 

@@ -331,7 +331,7 @@ def test_order_that_is_no_permutation_is_caught(tmp_path: Path) -> None:
     """Witness and loader agree, and both are wrong: whole epochs are counted without trusting either."""
     run = Run(tmp_path)
     honest = run.expected
-    run.expected = lambda positions: np.where(positions == 13, honest(np.array([14]))[0], honest(positions))  # type: ignore[method-assign]
+    run.expected = lambda positions: np.where(positions == 13, honest(np.array([14]))[0], honest(positions))
     run.go(0, Attempt(world=2))
     result = run.audit()
     assert result.exit_code == 1

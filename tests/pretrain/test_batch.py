@@ -49,4 +49,4 @@ def test_only_what_the_model_computes_with_moves(batch: ClipBatch) -> None:
 
 def test_a_batch_cannot_be_changed(batch: ClipBatch) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        batch.step = 4  # type: ignore[misc]
+        batch.step = 4

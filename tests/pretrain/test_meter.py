@@ -25,7 +25,7 @@ class Clock:
 
 def make_meter(clock: Clock, **changes: object) -> Meter:
     settings = {"num_clips": 8, "world_size": 2, "device": CPU, "clock": clock, **changes}
-    return Meter(1000, **settings)  # type: ignore[arg-type]
+    return Meter(1000, **settings)
 
 
 def test_rates_are_of_training_alone() -> None:

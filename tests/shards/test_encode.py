@@ -30,9 +30,9 @@ def decode(video: bytes, skip: str = "DEFAULT") -> dict[int, av.VideoFrame]:
     """Frames of a sample by number."""
     with av.open(io.BytesIO(video), format="mp4") as container:
         stream = container.streams.video[0]
-        stream.codec_context.skip_frame = skip  # type: ignore[assignment]
-        step = 1 / (stream.average_rate * stream.time_base)  # type: ignore[operator]
-        return {round(frame.pts / step): frame for frame in container.decode(stream)}  # type: ignore[operator]
+        stream.codec_context.skip_frame = skip
+        step = 1 / (stream.average_rate * stream.time_base)
+        return {round(frame.pts / step): frame for frame in container.decode(stream)}
 
 
 def flat(yuv: tuple[int, int, int], width: int = 64, height: int = 48, pixel_format: str = "yuv420p") -> Any:

@@ -73,7 +73,7 @@ def test_the_order_of_splits_does_not_change_the_hash() -> None:
 )
 def test_a_changed_manifest_is_refused(edit: object, words: str) -> None:
     row = json.loads(Manifest.make(preset="train", labels=(), splits={}).to_json())
-    edit(row)  # type: ignore[operator]
+    edit(row)
     with pytest.raises(UserError, match=words):
         Manifest.from_json(json.dumps(row), "here/manifest.json")
 

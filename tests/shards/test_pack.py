@@ -39,7 +39,7 @@ def describe(folder: Path, split: str) -> list[dict[str, Any]]:
     for path in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(path) as tar:
             members = [member for member in tar if member.name.endswith(".json")]
-            rows += [json.loads(tar.extractfile(member).read()) for member in members]  # type: ignore[union-attr]
+            rows += [json.loads(tar.extractfile(member).read()) for member in members]
     return rows
 
 
@@ -299,7 +299,7 @@ def test_shards_are_balanced(sizes: list[int], shard_bytes: int) -> None:
 
 
 def test_every_bad_option_is_named_at_once(tmp_path: Path) -> None:
-    options = PackOptions(preset="fast", short_side=4, max_frames=8, max_rate=0, val_fraction=1.5, stride=0)  # type: ignore[arg-type]
+    options = PackOptions(preset="fast", short_side=4, max_frames=8, max_rate=0, val_fraction=1.5, stride=0)
     with pytest.raises(UserError) as caught:
         pack(tmp_path, tmp_path / "out", options)
     for name in ("preset", "short_side", "max_frames", "max_rate", "val_fraction", "stride"):

@@ -12,8 +12,8 @@ from pretrain import checkpoint
 from pretrain.audit import AuditResult, Witness, audit
 from pretrain.config import Config, parse
 from shards.errors import UserError
-from shards.manifest import open_split
 from shards.order import sample_numbers
+from shards.reader import open_split
 
 
 def audit_run(run_dir: Path) -> AuditResult:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from shards import storage
 from shards.errors import SampleError, UserError
 from shards.layout import Manifest, Shard
-from shards.manifest import SplitReader, load_manifest, manifest_url, sha256_of
+from shards.manifest import load_manifest, manifest_url, sha256_of
+from shards.reader import SplitReader
 
 BUFFER_BYTES = 4 << 20
 

@@ -25,8 +25,8 @@ from pretrain.data.decode import Frames, VideoFacts
 from pretrain.data.pool import DecoderPool, PoolClosedError, Request
 from pretrain.ledger import Journal, JournalRow
 from shards.errors import SampleError
-from shards.manifest import SplitReader
 from shards.order import FILLER, substitute
+from shards.reader import SplitReader
 
 _FACT_NAMES = ("num_frames", "height", "width", "grid", "matrix", "full_range")
 

@@ -33,8 +33,8 @@ from pretrain.data.fetch import BLACK_2X2, Delivery, Fetcher, FetchThreads, Rows
 from pretrain.data.pool import DecoderPool
 from pretrain.ledger import Journal, JournalRow
 from shards.errors import SampleError, UserError
-from shards.manifest import open_split
 from shards.order import FILLER, ORDER_VERSION, clip_places, num_micro_steps, rank_clips, sample_numbers
+from shards.reader import open_split
 
 MAX_NAMED = 20
 

@@ -22,8 +22,9 @@ from pretrain.data.clip import pick_frames
 from pretrain.data.decode import Frames, VideoFacts, decode_frames
 from pretrain.load import Geometry
 from shards.layout import MANIFEST_NAME
-from shards.manifest import SplitReader, load_manifest, open_split
+from shards.manifest import load_manifest
 from shards.pack import PackOptions, PackProgress, pack
+from shards.reader import SplitReader, open_split
 
 HELD_OUT = ("val", "test")
 MIDDLE = 0.5

@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain.data import loader
 from pretrain.train import main
-from shards.manifest import SplitReader
+from shards.reader import SplitReader
 
 kind = sys.argv[1]
 right = loader.sample_numbers

@@ -13,8 +13,8 @@ import pytest
 
 import shards
 from shards.errors import UserError
-from shards.manifest import open_split
 from shards.pack import PackOptions, PackSummary, pack
+from shards.reader import open_split
 
 MakeVideo = Callable[..., Path]
 Packed = tuple[Path, PackSummary]

@@ -15,8 +15,9 @@ import pytest
 from shards import storage
 from shards.errors import SampleError, UserError
 from shards.layout import RECORD_DTYPE, group_number
-from shards.manifest import build_manifest, load_manifest, open_split, sort_labels
+from shards.manifest import build_manifest, load_manifest, sort_labels
 from shards.pack import PackSummary
+from shards.reader import open_split
 
 Packed = tuple[Path, PackSummary]
 

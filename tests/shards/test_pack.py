@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.manifest import load_manifest, open_split
+from shards.manifest import load_manifest
 from shards.pack import PackOptions, PackProgress, PackSummary, pack, shard_ends
+from shards.reader import open_split
 from shards.verify import verify
 
 MakeVideo = Callable[..., Path]

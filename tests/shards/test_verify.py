@@ -10,8 +10,8 @@ import pytest
 
 from shards.errors import UserError
 from shards.layout import RECORD_DTYPE, Manifest
-from shards.manifest import open_split
 from shards.pack import PackSummary
+from shards.reader import open_split
 from shards.verify import verify
 
 Packed = tuple[Path, PackSummary]

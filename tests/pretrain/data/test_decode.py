@@ -14,7 +14,7 @@ from pretrain import batch
 from pretrain.data import decode
 from pretrain.data.decode import VideoFacts, decode_frames
 from shards.errors import SampleError
-from shards.manifest import open_split
+from shards.reader import open_split
 
 MakeVideo = Callable[..., bytes]
 Everything = Callable[[bytes], NDArray[np.uint8]]

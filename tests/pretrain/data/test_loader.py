@@ -27,8 +27,8 @@ from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
 from pretrain.ledger import Journal, JournalRow
 from shards.errors import SampleError, UserError
-from shards.manifest import SplitReader, open_split
 from shards.order import sample_numbers
+from shards.reader import SplitReader, open_split
 
 Data = Callable[..., DataConfig]
 ROOT = Path(__file__).parents[3]

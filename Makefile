@@ -28,8 +28,17 @@ test-full: .venv/dev.stamp
 test-gpu: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/gpu
 
+# DATA: a packed folder of a few hundred samples; with FILMS (a folder of videos), other loaders beside ours too.
+DATA ?=
+FILMS ?=
 bench: .venv/dev.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python tests/bench/bench_order.py
+	$(BIN)/python tests/bench/simulate_requests.py
+	$(if $(DATA),$(BIN)/python tests/bench/bench_memory.py $(DATA))
+	$(if $(DATA),$(BIN)/python tests/bench/bench_s3.py $(DATA) --parts start delay bytes faults)
+	$(if $(FILMS),$(BIN)/python tests/bench/bench_clip.py $(FILMS))
+	$(if $(FILMS),$(BIN)/python tests/bench/bench_peers.py $(FILMS))
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -3,16 +3,14 @@ DeepSpeed; and the one place that prints a `UserError`."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
 import sys
-import textwrap
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from launch import data_cli
+from launch.screen import AsJson, Overrides, hint, show
 from shards.errors import UserError
 
 app = typer.Typer(
@@ -24,11 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value …", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+app.add_typer(data_cli.app)
 USER_MISTAKE = 2
-NEXT = "next: "
-NARROWEST = 20
 
 
 def main() -> NoReturn:
@@ -39,102 +34,6 @@ def main() -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
     sys.exit(0)
-
-
-def show(result: dict[str, Any], as_json: bool, *lines: str) -> None:
-    """A result for a machine or for a person; the last line for a person is the next command to type."""
-    if as_json:
-        print(json.dumps(result, indent=1), flush=True)
-        return
-    text = "\n".join(lines)
-    print(fold(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
-
-
-def fold(text: str, width: int) -> str:
-    """Break lines at blanks to fit a terminal, what follows indented; a command to type stays in one piece."""
-    folded: list[str] = []
-    for line in text.split("\n"):
-        if len(line) <= width or line.startswith(NEXT):
-            folded.append(line)
-            continue
-        indent = " " * (len(line) - len(line.lstrip()) + 2)
-        folded += textwrap.wrap(
-            line,
-            max(width, NARROWEST),
-            subsequent_indent=indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return "\n".join(folded)
-
-
-def hint(*words: object) -> str:
-    """The next command to type, quoted for the shell."""
-    return f"{NEXT}tubelet {shlex.join(map(str, words))}"
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-@app.command()
-def pack(
-    src: Annotated[
-        Path, typer.Argument(help="Folder of videos, or a manifest (CSV or JSONL: path,label,split,group).")
-    ],
-    dst: Annotated[Path, typer.Argument(help="Folder to make, for example data/mine.")],
-    preset: Annotated[
-        Literal["train", "copy"], typer.Option(help="train: encode for fast clips. copy: keep the bytes.")
-    ] = "train",
-    short_side: Annotated[int, typer.Option(min=16, help="Short side in pixels; never enlarged.")] = 256,
-    max_frames: Annotated[int, typer.Option(min=2, help="Frames of a sample: about twice the training span.")] = 128,
-    max_rate: Annotated[float, typer.Option(min=1, help="Frames per second at most.")] = 30.0,
-    stride: Annotated[int, typer.Option(min=1, help="Training stride that decoding is made fast for.")] = 4,
-    val_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Share held out where no split is given.")] = 0.1,
-    min_frames: Annotated[int, typer.Option(min=2, help="Videos with fewer frames are rejected.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, help="Files at a time. 0: all cores.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Videos -> shards that can be streamed: probe, encode, pack into WebDataset tars."""
-    from launch.progress import packing_progress
-    from shards.pack import PackOptions
-    from shards.pack import pack as pack_videos
-
-    options = PackOptions(
-        preset=preset,
-        short_side=short_side,
-        max_frames=max_frames,
-        max_rate=max_rate,
-        stride=stride,
-        val_fraction=val_fraction,
-        min_frames=min_frames,
-        workers=workers,
-    )
-    with packing_progress(quiet=as_json) as progress:
-        summary = pack_videos(src, dst, options, progress)
-    show(
-        {"folder": str(dst), "manifest": json.loads(summary.manifest.to_json()), "rejected": summary.rejected},
-        as_json,
-        *summary.lines(),
-        hint("pretrain", "configs/laptop.yaml", f"data.shards={dst}"),
-    )
-
-
-@app.command()
-def verify(
-    url: Annotated[str, typer.Argument(help="Packed folder or manifest URL.")],
-    as_json: AsJson = False,
-) -> None:
-    """Prove that every shard is readable and equals its manifest. Exit code 1 if not."""
-    from launch.progress import shard_lines
-    from shards.verify import verify as verify_shards
-
-    problems = verify_shards(url, shard_lines(quiet=as_json))
-    lines = [str(problem) for problem in problems] or [f"{url}: every shard and every sample is what was packed"]
-    if not problems:
-        lines.append(hint("pretrain", "configs/laptop.yaml", f"data.shards={url}"))
-    show({"url": url, "problems": [str(problem) for problem in problems]}, as_json, *lines)
-    if problems:
-        raise typer.Exit(1)
 
 
 # ------------------------------------------------------------------------------------------------ runs

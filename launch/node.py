@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from launch import outcome
 from shards.errors import UserError
+from shards.slice import Slice
 
 DEMO_CONFIG = "configs/demo.yaml"
 
@@ -46,6 +47,33 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if arguments and "=" not in arguments[0]:
         return arguments[0], list(arguments[1:])
     return DEMO_CONFIG, list(arguments)
+
+
+def parse_slice(text: str, slurm: Mapping[str, str]) -> Slice:
+    """I/N as it is typed; `slurm` and `slurm/N` take the number of this task of a job array.
+
+    Without N, the array must be whole and begin at 0, as `sbatch --array=0-15` makes it. Raises `UserError`.
+    """
+    name, _, count = text.partition("/")
+    if name != "slurm":
+        return Slice.parse(text)
+    if "SLURM_ARRAY_TASK_ID" not in slurm:
+        raise UserError(
+            f"--slice is {text} but SLURM_ARRAY_TASK_ID is not set; it must be run in a job array: use "
+            "sbatch --array=0-15 slurm/pack.sh, or give --slice I/N"
+        )
+    first, last = slurm.get("SLURM_ARRAY_TASK_MIN", "0"), int(slurm.get("SLURM_ARRAY_TASK_MAX", "0"))
+    if not count and (first != "0" or int(slurm.get("SLURM_ARRAY_TASK_COUNT", last + 1)) != last + 1):
+        raise UserError(
+            f"the job array is not 0-{last} without gaps, so it does not say how many slices there are; it must begin "
+            "at 0 and be whole: to pack some slices again, add --slice slurm/N"
+        )
+    return Slice.parse(f"{slurm['SLURM_ARRAY_TASK_ID']}/{count or last + 1}")
+
+
+def task_cores(slurm: Mapping[str, str]) -> int:
+    """Cores of this Slurm task, also where Slurm does not bind it to them; 0 outside of one."""
+    return int(slurm.get("SLURM_CPUS_PER_TASK", "0"))
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:

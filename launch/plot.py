@@ -13,6 +13,8 @@ from html import escape
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
 MAX_POINTS = 240
+NUM_COLORS = 6
+"""`--c0` to `--c5` of the page's style sheet."""
 
 Format = Callable[[float], str]
 
@@ -41,6 +43,27 @@ def percent(value: float) -> str:
     """A share as percent, with one digit after the point, or two digits that count where it is tiny."""
     text = f"{100 * value:.1f}" if abs(value) >= 0.01 or not value else f"{100 * value:.2g}"
     return f"{text.removesuffix('.0')}\N{NO-BREAK SPACE}%"
+
+
+def num_bytes(value: float) -> str:
+    """A number of bytes for people."""
+    text = number(value)
+    digits = text.rstrip("kMGT")
+    return f"{digits}\N{NO-BREAK SPACE}{text[len(digits) :]}B"
+
+
+def card_of(title: str, curves: Sequence[Curve], form: Format = number, *, from_zero: bool = False) -> str:
+    """A chart with its title, and a legend that tells the newest values; empty text where no curve has a point."""
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    legend = "".join(
+        f'<span style="--c:var(--c{curve.color})"><i class="{"dash" if curve.is_reference else ""}"></i>'
+        f"{escape(curve.name)} <b>{form(curve.points[-1][1])}</b></span>"
+        for curve in curves
+    )
+    chart = plot(curves, form, from_zero=from_zero, title=title)
+    return f'<div class="card"><h3>{escape(title)}</h3><div class="legend">{legend}</div>{chart}</div>'
 
 
 def plot(curves: Sequence[Curve], form: Format = number, *, from_zero: bool = False, title: str = "") -> str:

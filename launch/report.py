@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 from typing import TYPE_CHECKING, Any, cast
 
 from launch.page import PAGE
-from launch.plot import Curve, Format, number, percent, plot
+from launch.plot import NUM_COLORS, Curve, Format, card_of, num_bytes, number, percent
 from launch.run_folder import Attempt, Run, read_run
 from pretrain.redact import without_secrets
 from shards.errors import UserError
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 MAX_PICTURES = 8
 MAX_PICTURE_BYTES = 12 << 20
 MAX_ATTEMPTS = 16
+RECENT_ROWS = 50
+WAIT_SHOWN = 0.03
+"""Share of the time from which on a wait for data is worth a name."""
 VERDICTS = {0: ("good", "exact"), 3: ("fair", "exact but for a list"), 1: ("bad", "violated")}
 OUTCOMES = {
     "finished": ("good", "finished"),
@@ -57,7 +60,7 @@ def report(run_dir: Path, audit: AuditResult | None = None, *, why_no_audit: str
     check_run_folder(run_dir)
     run = read_run(run_dir)
     trust = _reliability(run, audit, why_no_audit)
-    sections = [_learning(run), _pictures(run), _objectives(run), trust, _speed(run), _setup(run)]
+    sections = [_learning(run), _pictures(run), _objectives(run), trust, _speed(run), _data(run), _setup(run)]
     name = escape(run.folder.name)
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     html = PAGE.format(
@@ -105,16 +108,25 @@ def _tiles(run: Run, audit: AuditResult | None) -> Iterator[str]:
                     "" if chance is None else f"right, chance {percent(chance)}",
                 )
                 break
-    if rates := [value for _, value in run.points("train", "clips_per_s")[-50:]]:
-        wait = run.last("train", "data_wait_fraction")
-        yield _tile(
-            "Clips per second", number(median(rates)), "" if wait is None else f"waiting for data {percent(wait)}"
-        )
+    if rates := [value for _, value in run.points("train", "clips_per_s")[-RECENT_ROWS:]]:
+        yield _tile("Clips per second", number(median(rates)), _wait(run))
     saves = sum(row["kind"] == "save" for row in run.rows)
     yield _tile("Starts", str(len(run.attempts)), f"{saves} checkpoints")
     if audit is not None:
         style, words = VERDICTS[audit.exit_code]
         yield _tile("Audit", words, f"{audit.counts.get('clips', 0):,} clips checked", style)
+
+
+def _wait(run: Run) -> str:
+    """How long it waits for data, and for which rank where it is mostly the same one."""
+    waits = [value for _, value in run.points("train", "data_wait_fraction")[-RECENT_ROWS:]]
+    if not waits:
+        return ""
+    words = f"waiting for data {percent(median(waits))}"
+    slowest = [value for _, value in run.points("train", "slowest_rank")[-RECENT_ROWS:]]
+    rank = int(mode(slowest)) if slowest else 0
+    is_one = slowest.count(rank) > 0.8 * len(slowest) and len(set(slowest)) > 1
+    return words + (f", mostly for rank {rank}" if is_one and median(waits) >= WAIT_SHOWN else "")
 
 
 def _tile(name: str, value: str, beside: str = "", style: str = "") -> str:
@@ -137,10 +149,10 @@ def _learning(run: Run) -> str:
             Curve("predicting zero", run.points("eval", f"{name}/zero"), 4, is_reference=True),
             Curve("copying the nearest visible token", run.points("eval", f"{name}/copy"), 5, is_reference=True),
         ]
-        cards.append(_card(f"{name.replace('_', ' ').capitalize()}: loss", curves))
+        cards.append(card_of(f"{name.replace('_', ' ').capitalize()}: loss", curves))
     if len(cards) > 1:
         curves = [Curve("held out", run.points("eval", "loss"), 0), Curve("training", run.points("train", "loss"), 1)]
-        cards.append(_card("Weighted sum of the losses", curves))
+        cards.append(card_of("Weighted sum of the losses", curves))
     return _group("Is it learning?", cards, "No loss was logged yet.")
 
 
@@ -174,33 +186,70 @@ def _objectives(run: Run) -> str:
                 Curve("training", run.points("train", f"{name}/accuracy"), 1),
                 Curve("chance", run.points("train", f"{name}/chance"), 4, is_reference=True),
             ]
-            cards.append(_card(f"{label}: right answers", curves, percent, from_zero=True))
+            cards.append(card_of(f"{label}: right answers", curves, percent, from_zero=True))
         known = {f"{name}/{part}" for part in ("accuracy", "chance", "zero", "copy", "gated")}
         curves = [
             Curve(part.removeprefix(f"{name}/"), run.points("train", part), color)
             for color, part in zip((2, 3, 5, 4, 0, 1), [part for part in parts if part not in known], strict=False)
         ]
-        cards.append(_card(f"{label}: parts of the training loss", curves))
+        cards.append(card_of(f"{label}: parts of the training loss", curves))
         gated = [Curve("left out", run.points("train", f"{name}/gated"), 2)]
-        cards.append(_card(f"{label}: not asked, nothing moves", gated, percent, from_zero=True))
+        cards.append(card_of(f"{label}: not asked, nothing moves", gated, percent, from_zero=True))
     return _group("The objectives in detail", cards, "No part of a loss was logged yet.")
 
 
 def _speed(run: Run) -> str:
     def card(title: str, names: Sequence[tuple[str, str]], form: Format = number) -> str:
-        curves = [Curve(words, run.points("train", name), color) for color, (name, words) in enumerate(names)]
-        return _card(title, curves, form, from_zero=True)
+        curves = [
+            Curve(words, run.points("train", name), color % NUM_COLORS) for color, (name, words) in enumerate(names)
+        ]
+        return card_of(title, curves, form, from_zero=True)
 
     cards = [
         card("Clips per second", [("clips_per_s", "all ranks")]),
         card("Seconds per step", [("step_s", "step")]),
-        card("Waiting for data", [("data_wait_fraction", "share of the time")], percent),
+        card(
+            "Waiting for data",
+            [("data_wait_fraction", "slowest rank"), ("data_wait_mean_fraction", "mean of the ranks")],
+            percent,
+        ),
         card("Model FLOPs utilisation", [("mfu", "of the peak")], percent),
-        card("Memory", [("gpu_memory_bytes", "GPU, peak"), ("memory_bytes", "host, peak of rank 0")], _bytes),
+        card("Memory", [("gpu_memory_bytes", "GPU, fullest rank"), ("memory_bytes", "host, fullest rank")], num_bytes),
         card("Learning rate", [("lr", "learning rate")]),
         card("Gradient norm", [("grad_norm", "before clipping")]),
     ]
     return _group("How fast, and with what", cards, "No rate was logged yet.")
+
+
+def _data(run: Run) -> str:
+    """What the loader did between two logged rows, summed over all ranks."""
+
+    def card(title: str, names: Sequence[tuple[str, str]], form: Format = number, *, is_trouble: bool = False) -> str:
+        curves = [
+            Curve(words, run.points("train", name), color % NUM_COLORS) for color, (name, words) in enumerate(names)
+        ]
+        if is_trouble:  # all is well: nothing to draw
+            curves = [curve for curve in curves if any(value for _, value in curve.points)]
+        return card_of(title, curves, form, from_zero=True)
+
+    reasons = dict.fromkeys(key for row in run.rows for key in row if key.startswith("substituted/"))
+    cards = [
+        card("Decoding: milliseconds per clip", [("decode_ms", "mean of all ranks")]),
+        card("Bytes read, per row", [("bytes_read", "all ranks")], num_bytes),
+        card("Requests, per row", [("requests", "to storage"), ("cache_hits", "answered by the node's cache")]),
+        card(
+            "Storage trouble, per row",
+            [("retries", "tried again"), ("hedges", "asked twice"), ("throttled", "told to slow down")],
+            is_trouble=True,
+        ),
+        card("Samples replaced, per row", [(name, name.partition("/")[2]) for name in reasons], is_trouble=True),
+        card(
+            "Other incidents, per row",
+            [("decoder_respawns", "decoders replaced"), ("stride_dropped", "clips with a lowered stride")],
+            is_trouble=True,
+        ),
+    ]
+    return _group("Where the data comes from", cards, "Nothing was read yet.")
 
 
 def _reliability(run: Run, audit: AuditResult | None, why_no_audit: str) -> str:
@@ -271,25 +320,6 @@ def _group(title: str, cards: Sequence[str], otherwise: str) -> str:
     cards = [card for card in cards if card]
     body = f'<div class="cards">{"".join(cards)}</div>' if cards else f"<p>{otherwise}</p>"
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _card(title: str, curves: Sequence[Curve], form: Format = number, *, from_zero: bool = False) -> str:
-    curves = [curve for curve in curves if curve.points]
-    if not curves:
-        return ""
-    legend = "".join(
-        f'<span style="--c:var(--c{curve.color})"><i class="{"dash" if curve.is_reference else ""}"></i>'
-        f"{escape(curve.name)} <b>{form(curve.points[-1][1])}</b></span>"
-        for curve in curves
-    )
-    chart = plot(curves, form, from_zero=from_zero, title=title)
-    return f'<div class="card"><h3>{escape(title)}</h3><div class="legend">{legend}</div>{chart}</div>'
-
-
-def _bytes(value: float) -> str:
-    text = number(value)
-    digits = text.rstrip("kMGT")
-    return f"{digits}\N{NO-BREAK SPACE}{text[len(digits) :]}B"
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Decisions go over a gloo group of their own, which no device waits for.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +18,7 @@ _dist: Any = torch.distributed  # its signatures are only half typed
 
 
 class Agreement:
-    """A side channel between the ranks for single whole numbers. Every method is a collective."""
+    """A side channel between the ranks for small things. Every method is a collective."""
 
     def __init__(self, timeout_s: float) -> None:
         self._group = _dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -32,6 +34,15 @@ class Agreement:
         tensor = torch.tensor([int(value)], dtype=torch.int64)
         _dist.all_reduce(tensor, _dist.ReduceOp.MIN, self._group)
         return bool(tensor.item())
+
+    def gather(self, numbers: Mapping[str, float]) -> list[dict[str, float]]:
+        """The named numbers of every rank, in the order of ranks; the names may differ between ranks."""
+        text = json.dumps(dict(numbers)).encode()
+        length = self.start_maximum(len(text)).result()
+        mine = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8)
+        texts = [torch.empty_like(mine) for _ in range(_dist.get_world_size(self._group))]
+        _dist.all_gather(texts, mine, group=self._group)
+        return [json.loads(bytes(text.numpy())) for text in texts]
 
     def start_maximum(self, value: int) -> PendingMaximum:
         """Begin to find the largest value of all ranks, without waiting for it."""

@@ -3,8 +3,8 @@
     head ─ walk back the lineage, hash by hash ─ links, oldest first ─ segments ─ rows, a million at a time
     every clip of every step once · the sample that the order names · the checksum of the manifest · whole epochs
 
-The order comes in as a function, the checksums as an array: this file and the loader share no code that could hide
-the same mistake in both. Memory is one byte per clip of a checkpoint interval and per clip of an epoch, whatever the
+Order, epochs and checksums come in from outside (`Data`): this file and the loader share no code that could hide the
+same mistake in both. Memory is one byte per clip of a checkpoint interval and per clip of an epoch, whatever the
 length of the run.
 """
 
@@ -12,31 +12,58 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.journal import read_journal
 from pretrain.ledger import (
     ROW_DTYPE,
     SUBSTITUTED,
     LineageHead,
     Link,
     Segment,
-    read_journal,
     row_crc,
     walk_lineage,
 )
 from shards.errors import UserError
+from shards.layout import SOURCE_SHIFT
+from shards.source import Epoch
 
 EXACT, VIOLATED, EXACT_BUT_LISTED = 0, 1, 3
 ROWS_AT_A_TIME = 1 << 20
 NUM_SHOWN = 8
 
 Ints = NDArray[np.int64]
+
+
+class Data(Protocol):
+    """What the audit asks of the data set (`shards.dataset.DataSet`)."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples to draw from, over all sources, at the end of the run."""
+        ...
+
+    def places(self, positions_K: Ints) -> tuple[Ints, Ints]:
+        """(epoch, sample) that the order names at each position."""
+        ...
+
+    def checksums(self, samples_K: Ints) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
+        """(whether there is such a sample, crc32 of its bytes)."""
+        ...
+
+    def epochs(self, begin: int, end: int) -> Iterable[Epoch]:
+        """Every epoch of every source with a draw at the positions [begin, end)."""
+        ...
+
+    def selected(self, source: int, num_rows: int) -> NDArray[np.bool_]:
+        """Which of the first rows of a source's index are drawn at all."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,15 +76,7 @@ class Witness:
     """Clips per step."""
     clips_per_video: int
     """Clips per position."""
-    checksums: NDArray[np.uint32]
-    """crc32 of every sample of the split, from its index."""
-    expected: Callable[[Ints], Ints]
-    """Positions -> the samples that the order names there."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of the split: positions of one epoch."""
-        return len(self.checksums)
+    data: Data
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,8 @@ class _Proof:
     _wrong: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     _num_wrong: Counter[str] = field(default_factory=Counter[str])
     _listed: list[str] = field(default_factory=list[str])
-    _carried: NDArray[np.bool_] | None = None
+    _due: dict[tuple[int, int], _Once] = field(default_factory=dict[tuple[int, int], "_Once"])
+    """Source and epoch -> what of it was due so far; whole epochs are checked and let go."""
     _reasons: dict[tuple[int, int, int], str] = field(default_factory=dict[tuple[int, int, int], str])
 
     def __post_init__(self) -> None:
@@ -150,30 +170,40 @@ class _Proof:
         witness = self.witness
         first, end = begin * witness.global_batch, link.step * witness.global_batch
         clips = _Once(np.zeros(end - first, np.bool_))
-        per_epoch = witness.num_samples * witness.clips_per_video
-        first_epoch = first // per_epoch
-        due = _Once(_extended(self._carried, (-(-end // per_epoch) - first_epoch) * per_epoch))
+        positions = first // witness.clips_per_video, end // witness.clips_per_video
+        epochs = list(witness.data.epochs(*positions))
+        for epoch in epochs:
+            size = epoch.num_rows * witness.clips_per_video
+            self._due.setdefault((epoch.source, epoch.number), _Once(np.zeros(size, np.bool_)))
         for segment in link.segments:
             for rows in self._read(segment):
-                clip = self._check_rows(segment, rows, first, end)
+                clip, epoch_R = self._check_rows(segment, rows, first, end)
                 keep = clip >= 0
-                rows, clip = rows[keep], clip[keep]
+                rows, clip, epoch_R = rows[keep], clip[keep], epoch_R[keep]
                 again = clips.mark(clip - first)
                 self._wrong_rows("repeated", "consumed again", segment, rows, again)
-                rows, clip = rows[~again], clip[~again]
-                epoch = clip // per_epoch - first_epoch
-                wanted = rows["wanted"].astype(np.int64)
-                is_known = (wanted >= 0) & (wanted < witness.num_samples)
-                place = (epoch * witness.num_samples + wanted) * witness.clips_per_video + rows["draw"]
-                twice = np.zeros(len(rows), np.bool_)
-                twice[is_known] = due.mark(place[is_known])
-                self._wrong_rows("epoch", "its sample was due before in this epoch", segment, rows, twice)
+                twice = self._mark_due(rows[~again], epoch_R[~again])
+                self._wrong_rows("epoch", "its sample was due before in this epoch", segment, rows[~again], twice)
         self._check_missing(clips, first, begin, link)
-        whole = end // per_epoch - first_epoch
-        self._check_epochs(due.seen[: whole * per_epoch].reshape(whole, per_epoch), first_epoch)
-        self._carried = due.seen[whole * per_epoch :] if end % per_epoch else None
+        for epoch in epochs:
+            if epoch.is_whole:
+                self._check_epoch(epoch, self._due.pop((epoch.source, epoch.number)))
         self.counts["clips"] += int(clips.seen.sum())
         self.counts["commits"] += 1
+
+    def _mark_due(self, rows: NDArray[np.void], epoch_R: Ints) -> NDArray[np.bool_]:
+        """Mark the samples that the order asked for; True where one was due before in its epoch."""
+        wanted = rows["wanted"].astype(np.int64)
+        source, row = wanted >> SOURCE_SHIFT, wanted & ((1 << SOURCE_SHIFT) - 1)
+        place = row * self.witness.clips_per_video + rows["draw"]
+        twice = np.zeros(len(rows), np.bool_)
+        for key in np.unique(np.stack([source, epoch_R]), axis=1).T.tolist():
+            once = self._due.get((key[0], key[1]))
+            if once is None:  # no such epoch: the order has been found wrong already
+                continue
+            mine = np.flatnonzero((source == key[0]) & (epoch_R == key[1]) & (place < len(once.seen)))
+            twice[mine] = once.mark(place[mine])
+        return twice
 
     def _read(self, segment: Segment) -> Iterator[NDArray[np.void]]:
         """Rows of a segment in pieces; what is wrong with the file as a whole is noted at its end."""
@@ -199,8 +229,8 @@ class _Proof:
         elif digest.hexdigest() != segment.sha256:
             self.wrong("file", f"ledger/{segment.file} was changed after it was committed (its hash differs)")
 
-    def _check_rows(self, segment: Segment, rows: NDArray[np.void], first: int, end: int) -> Ints:
-        """Every rule that one row can break. Returns clip numbers; -1 for a row that has no place here."""
+    def _check_rows(self, segment: Segment, rows: NDArray[np.void], first: int, end: int) -> tuple[Ints, Ints]:
+        """Every rule that one row can break. Returns clip numbers, -1 for a row that has no place here, and epochs."""
         witness = self.witness
         self.counts["rows"] += len(rows)
         position = rows["position"].astype(np.int64)
@@ -213,18 +243,19 @@ class _Proof:
         has_place &= clip // witness.global_batch == rows["step"].astype(np.int64)
         self._wrong_rows("misplaced", "does not belong to this step and commit", segment, rows, ~has_place)
         is_expected = np.zeros(len(rows), np.bool_)
-        is_expected[has_place] = witness.expected(position[has_place]) == wanted[has_place]
+        epoch = np.zeros(len(rows), np.int64)
+        epoch[has_place], expected = witness.data.places(position[has_place])
+        is_expected[has_place] = expected == wanted[has_place]
         self._wrong_rows("order", "the order asks for another sample", segment, rows, has_place & ~is_expected)
-        exists = (sample >= 0) & (sample < witness.num_samples)
-        is_same = np.zeros(len(rows), np.bool_)
-        is_same[exists] = witness.checksums[sample[exists]] == rows["checksum"][exists]
+        exists, checksum = witness.data.checksums(sample)
+        is_same = exists & (checksum == rows["checksum"])
         self._wrong_rows("bytes", "the bytes are not those of the manifest", segment, rows, ~is_same)
         is_other = sample != wanted
         is_odd = is_other != (rows["reason"] == SUBSTITUTED)
         self._wrong_rows("damaged", "its reason contradicts its samples", segment, rows, is_odd)
         may_explain = is_other & np.isin(position, self._journal_positions)
         self._check_substitutes(segment, rows, is_other & ~may_explain, may_explain)
-        return np.where(has_place, clip, -1)
+        return np.where(has_place, clip, -1), epoch
 
     def _check_substitutes(
         self,
@@ -257,17 +288,17 @@ class _Proof:
         if len(missing) > NUM_SHOWN:
             self.wrong("missing", "", num=len(missing) - NUM_SHOWN)
 
-    def _check_epochs(self, seen_EN: NDArray[np.bool_], first_epoch: int) -> None:
-        """Whole epochs: each sample was due exactly once (per draw)."""
-        for epoch, seen_N in enumerate(seen_EN, start=first_epoch):
-            never = np.flatnonzero(~seen_N) // self.witness.clips_per_video
-            if len(never):
-                samples = ", ".join(map(str, never[:NUM_SHOWN].tolist()))
-                self.wrong(
-                    "epoch", f"epoch {epoch}: {len(never)} clips were never due, of samples {samples}", len(never)
-                )
-            else:
-                self.counts["epochs"] += 1
+    def _check_epoch(self, epoch: Epoch, due: _Once) -> None:
+        """A whole epoch: each selected sample was due exactly once (per draw)."""
+        clips = self.witness.clips_per_video
+        selected_N = self.witness.data.selected(epoch.source, epoch.num_rows)
+        never = np.flatnonzero(np.repeat(selected_N, clips) & ~due.seen) // clips
+        if not len(never):
+            self.counts["epochs"] += 1
+            return
+        samples = ", ".join(map(str, (never[:NUM_SHOWN] + (epoch.source << SOURCE_SHIFT)).tolist()))
+        of = f"epoch {epoch.number}" + (f" of source {epoch.source}" if epoch.source else "")
+        self.wrong("epoch", f"{of}: {len(never)} clips were never due, of samples {samples}", len(never))
 
     def _wrong_rows(
         self, kind: str, text: str, segment: Segment, rows: NDArray[np.void], is_wrong: NDArray[np.bool_]
@@ -306,7 +337,7 @@ class _Proof:
                     yield f"    … and {self._num_wrong[kind] - len(texts)} more"
         else:
             yield f"  {due} clips of steps 0..{steps - 1}: each consumed once, in the order that the seed gives"
-            yield f"  {counts['epochs']} whole epochs: each of {self.witness.num_samples} samples exactly once"
+            yield f"  {counts['epochs']} whole epochs: each of {self.witness.data.num_samples} samples exactly once"
             yield f"  {counts['rows']} checksums: the bytes that were decoded are those of the manifest"
             yield (
                 f"  {counts['segments']} ledger files of {counts['commits']} checkpoints by {counts['attempts']} "
@@ -340,13 +371,6 @@ _KINDS = {
     "bytes": "wrong bytes decoded",
     "epoch": "epochs not complete",
 }
-
-
-def _extended(seen: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
-    """The open epoch's marks, followed by unmarked keys up to `size`; not copied where nothing follows."""
-    if seen is None:
-        return np.zeros(size, np.bool_)
-    return seen if len(seen) == size else np.concatenate([seen, np.zeros(size - len(seen), np.bool_)])
 
 
 def _where(segment: Segment, row: Any) -> str:

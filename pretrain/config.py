@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pretrain.geometry import allowed_counts
+from shards.brace import is_pattern
 from shards.errors import UserError
 
 TUBELET_FRAMES = 2
@@ -45,25 +47,58 @@ class RunConfig(Section):
     """Seed of order, crops, masks and initial weights."""
 
 
+class SourceConfig(Section):
+    """One of several data sets that are mixed."""
+
+    url: LocalPath
+    weight: float | None = Field(default=None, gt=0)
+
+
+class MixConfig(Section):
+    """Other weights from some cycle of 4,096 positions on."""
+
+    cycle: int = Field(ge=1)
+    weights: tuple[float, ...]
+
+
+class CacheConfig(Section):
+    """Samples kept on the disk of each node, shared by its ranks. Never changes which samples come, or their order."""
+
+    dir: LocalPath
+    """A folder on a disk of the node."""
+    max_bytes: int = Field(gt=0)
+    """The longest unused samples go when it is full."""
+
+
 class DataConfig(Section):
     """Which videos, which frames of them, and how they reach the model."""
 
-    shards: LocalPath
-    """Folder or manifest URL of a packed data set."""
+    shards: LocalPath | tuple[SourceConfig, ...]
+    """Packed data: a folder, a manifest URL, a brace pattern of folders or indexed tars, or a list of {url, weight}
+    to mix (weight: share of the positions; all without one: by size)."""
     split: str = "train"
     """Split of `data.shards` to train on."""
     eval_shards: LocalPath | None = None
-    """Packed data set for the held-out loss. Default: `data.shards`; nothing is evaluated if it holds nothing out."""
+    """Packed data set for the held-out loss. Default: `data.shards`, of several the first that holds something out."""
     eval_split: str = "val"
     """Split that is held out from training."""
     frames: int = Field(default=16, ge=2)
     """Frames of a clip (even: a tubelet is two frames)."""
     stride: int = Field(default=4, ge=1)
     """Take every n-th frame; drops to the largest that fits where a video is too short (counted)."""
+    rate_hz: float | None = Field(default=None, gt=0)
+    """Take frames this many times per second, whatever the rate of the source. Excludes data.stride."""
     size: int = Field(default=224, ge=16)
     """Height and width of a clip in pixels (a multiple of 16)."""
     clips_per_video: int = Field(default=1, ge=1)
     """Clips drawn from each video that is read; the global batch counts clips."""
+    run_length: int = Field(default=1, ge=1)
+    """Neighbours in a tar that follow each other in the order, so that one read fetches them all. Packing has shuffled
+    them. Raise it where requests are slow or cost money; train.micro_batch x accumulation should be a multiple."""
+    where: str = ""
+    """Train on the samples for which this holds, like: duration_s >= 2 and short_side >= 128 and motion > 1."""
+    mix: tuple[MixConfig, ...] = ()
+    """Other weights for the sources of data.shards later in the run: a list of {cycle, weights}."""
     short: Literal["reject", "loop"] = "reject"
     """A video with fewer frames than `data.frames`: replaced and counted, or played again from its start."""
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
@@ -76,10 +111,18 @@ class DataConfig(Section):
     """Decoder processes per rank. 0 decodes in the training process: for debugging."""
     prefetch_steps: int = Field(default=2, ge=1)
     """Global batches that may be under way ahead of training."""
+    cache: CacheConfig | None = None
+    hedge_s: float = Field(default=2.0, ge=0)
+    """A read from object storage that is late by this much gets a second one beside it; 0 never."""
     decode_deadline_s: float = Field(default=30.0, gt=0)
     """A decoder that needs longer is killed and its clip replaced."""
     bad_sample_limit: float = Field(default=0.01, ge=0, le=1)
     """Share of the data set that may prove unusable before the run stops and names the samples."""
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """`shards` as a list, one entry where it is one data set."""
+        return (SourceConfig(url=self.shards),) if isinstance(self.shards, str) else self.shards
 
 
 class MaskedFrameConfig(Section):
@@ -246,6 +289,7 @@ class Config(Section):
             yield f"data.size is {self.data.size}; it must be a multiple of {PATCH_PIXELS}: use {nearest}"
         if not self.data.crop_scales or not all(0 < scale <= 1 for scale in self.data.crop_scales):
             yield f"data.crop_scales is {list(self.data.crop_scales)}; each must lie in (0, 1]: use [1.0]"
+        yield from self._data_problems()
         if self.objective.masked_frame is None and self.objective.frame_order is None:
             yield "objective is empty; it must name at least one: add objective.masked_frame: {}"
         yield from self._mask_problems()
@@ -281,6 +325,25 @@ class Config(Section):
         if self.zero.offload and self.zero.stage == 0:
             yield "zero.offload is true; stage 0 has no sharded states to move: use zero.stage=1 or more"
         yield from self._timeout_problems()
+
+    def _data_problems(self) -> Iterator[str]:
+        """How frames are spaced, how sources are mixed, how the order is read."""
+        data, cycles = self.data, [0, *(entry.cycle for entry in self.data.mix)]
+        if data.rate_hz is not None and "stride" in data.model_fields_set:
+            yield f"data.rate_hz is {data.rate_hz:g} and data.stride {data.stride}; one excludes the other: remove one"
+        if not data.sources:
+            yield "data.shards is an empty list; it must name at least one data set: add {url: FOLDER}"
+        if any(one >= other for one, other in itertools.pairwise(cycles)):
+            yield f"data.mix has the cycles {cycles[1:]}; they must rise: put them in order"
+        is_wrong = any(len(entry.weights) != len(data.sources) for entry in data.mix)
+        if is_wrong and not any(is_pattern(source.url) for source in data.sources):  # else it is seen when opened
+            yield f"data.mix must give a weight to each of the {len(data.sources)} sources of data.shards: mend it"
+        per_step = self.train.global_batch // data.clips_per_video
+        if per_step % data.run_length:
+            yield (
+                f"data.run_length is {data.run_length}; it must divide the videos of a step ({per_step}), so that no "
+                f"run is cut: use {math.gcd(per_step, data.run_length)}"
+            )
 
     def _mask_problems(self) -> Iterator[str]:
         """Masks must leave the same number of tokens visible in every clip."""
@@ -352,8 +415,18 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        return None, [_sentence(raw, cast(dict[str, Any], item)) for item in error.errors()]
+        return None, [_sentence(raw, item) for item in _meant(cast("list[dict[str, Any]]", error.errors()))]
     return config, list(config.problems())
+
+
+def _meant(errors: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Errors by key. Where text or a list may stand, pydantic tells what is wrong with either: keep one of the two."""
+    for item in errors:
+        item["loc"] = tuple(part for part in item["loc"] if not (isinstance(part, str) and "[" in part))
+    for item in errors:
+        others = [other["loc"][: len(item["loc"])] for other in errors if other is not item]
+        if item["type"] != "string_type" or item["loc"] not in others:
+            yield item
 
 
 def _apply(raw: dict[str, Any], override: str) -> Iterator[str]:
@@ -363,7 +436,8 @@ def _apply(raw: dict[str, Any], override: str) -> Iterator[str]:
         yield f"{override!r} is not an override; it must look like section.key=value: for example train.steps=100"
         return
     try:
-        value = text if _is_text(key) and text not in ("", "null") else yaml.safe_load(text or "null")
+        is_text = _is_text(key) and text not in ("", "null") and not text.startswith("[")  # a list of sources
+        value = text if is_text else yaml.safe_load(text or "null")
     except yaml.YAMLError:
         value = text
     node = raw
@@ -386,7 +460,8 @@ def _is_text(key: str) -> bool:
             return False
         annotation = field.annotation
         section = _section_of(annotation) or section
-    return annotation is str or str in getattr(annotation, "__args__", ())
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return any(kind is str or str in getattr(kind, "__args__", ()) for kind in kinds)
 
 
 def _sentence(raw: Mapping[str, Any], item: dict[str, Any]) -> str:
@@ -438,7 +513,9 @@ def help_text(key: str) -> str:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    """The section class behind `Section` or `Section | None`."""
+    """The section class behind `Section` or `Section | None`; a list of sections is a value."""
+    if get_origin(annotation) is tuple:
+        return None
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -461,6 +538,8 @@ FREE_KEYS = (
     "data.eval_split",
     "data.workers",
     "data.prefetch_steps",
+    "data.cache",
+    "data.hedge_s",
     "data.decode_deadline_s",
     "data.bad_sample_limit",
     "train.micro_batch",
@@ -475,6 +554,7 @@ FREE_KEYS = (
 )
 RECORDED_KEYS = (
     "train.steps",
+    "data.mix",  # the cursor refuses to change what has begun
     "schedule.",
     "optim.lr",
     "objective.masked_frame.weight",

@@ -11,6 +11,9 @@ from pretrain.attempt import Outcome
 from pretrain.config import Config
 from pretrain.world import World
 
+WAIT_SHOWN = 0.03
+"""Share of the time from which on a wait for data, or a difference between ranks, is told."""
+
 
 class Console:
     """Prints on rank 0, is silent on the others."""
@@ -50,11 +53,11 @@ class Console:
         if self._last is not None and done > self._last[0]:
             left = f"  {_duration((now - self._last[1]) / (done - self._last[0]) * (last - done))} left"
         self._last = (done, now)
-        speed, wait = row.get("clips_per_s"), row.get("data_wait_fraction")
+        speed = row.get("clips_per_s")
         self.say(
             f"step {done:>{len(str(last))}}/{last}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
             + (f"  {speed:.1f} clips/s" if isinstance(speed, float) else "")
-            + (f"  wait {wait:.0%}" if isinstance(wait, float) else "")
+            + _wait(row)
             + left
         )
 
@@ -76,6 +79,15 @@ class Console:
         self.say(f"{outcome.outcome}: {outcome.reason}")
         if outcome.outcome == "finished":
             self.say(f"next: tubelet report {shlex.quote(config.run.dir)}")
+
+
+def _wait(row: Mapping[str, Any]) -> str:
+    """The wait for data where it is worth a look; the slowest rank where the ranks differ: "  wait 12% (rank 3)"."""
+    longest, mean = row.get("data_wait_fraction"), row.get("data_wait_mean_fraction")
+    if not isinstance(longest, float) or longest < WAIT_SHOWN:
+        return ""
+    differ = isinstance(mean, float) and longest - mean >= WAIT_SHOWN
+    return f"  wait {longest:.0%}" + (f" (rank {row['slowest_rank']})" if differ else "")
 
 
 def _duration(seconds: float) -> str:

@@ -8,16 +8,14 @@ from pretrain.config import DataConfig, EvalConfig, LimitsConfig
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine
 from pretrain.world import World
-from shards.errors import UserError
-from shards.manifest import load_manifest
 
 
 class Evaluation:
-    """Runs the first `eval.num_clips` clips of the held-out split through the engine."""
+    """Runs the first `eval.num_clips` clips of the held-out data (see `data.source.held_out`) through the engine."""
 
     def __init__(
         self,
-        data: DataConfig,
+        held_out: DataConfig,
         settings: EvalConfig,
         *,
         micro_batch: int,
@@ -26,10 +24,7 @@ class Evaluation:
         limits: LimitsConfig,
     ) -> None:
         self._limits = limits
-        self._data, self._micro_batch, self._seed, self._world = data, micro_batch, seed, world
-        found = held_out_shards(data)
-        assert found is not None, "only made where something is held out"
-        self._shards, self._split = found
+        self._data, self._micro_batch, self._seed, self._world = held_out, micro_batch, seed, world
         self._num_clips = settings.num_clips
 
     def run(self, engine: Engine) -> dict[str, float]:
@@ -41,27 +36,8 @@ class Evaluation:
             micro_batch=self._micro_batch,
             rank=self._world.rank,
             world_size=self._world.size,
-            split=self._split,
-            shards=self._shards,
             num_clips=self._num_clips,
             limits=self._limits,
         ) as loader:
             batches = itertools.islice(loader, loader.num_micro_steps)
             return engine.totals(engine.evaluate(batches))
-
-
-def held_out_shards(data: DataConfig) -> tuple[str, str] | None:
-    """(shards, split) of the held-out data; None where `data.shards` holds nothing out and nothing else is named.
-
-    Raises `UserError` where `data.eval_shards` is named and has no such split.
-    """
-    shards = data.eval_shards or data.shards
-    splits = load_manifest(shards).splits
-    if data.eval_split in splits:
-        return shards, data.eval_split
-    if data.eval_shards is None:
-        return None
-    raise UserError(
-        f"data.eval_split is {data.eval_split}; {shards} has {', '.join(sorted(splits))}: "
-        "name one of these, or set eval.every_steps=0"
-    )

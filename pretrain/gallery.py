@@ -12,8 +12,8 @@ from pretrain.checkpoint import Checkpoint, load_parameters
 from pretrain.config import Config
 from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
+from pretrain.data.source import held_out
 from pretrain.downstream.pictures import fill_in, write_pictures
-from pretrain.evaluation import held_out_shards
 from pretrain.objective import ClipKeys, Pretraining
 from pretrain.objective.masked_frame import MaskedFrame
 
@@ -47,11 +47,8 @@ def draw(found: Checkpoint, config: Config, batch: ClipBatch, folder: Path, name
 
 def draw_held_out(found: Checkpoint, config: Config, folder: Path) -> list[Path]:
     """Pictures of a few held-out clips (of the training split where nothing is held out)."""
-    held_out = held_out_shards(config.data)
-    shards, split = (config.data.shards, config.data.split) if held_out is None else held_out
-    settings = config.data.model_copy(update={"workers": 0, "clips_per_video": 1})
-    with ClipLoader(
-        settings, seed=config.run.seed, global_batch=NUM_HELD_OUT, shards=shards, split=split, num_clips=NUM_HELD_OUT
-    ) as loader:
+    found_out = held_out(config.data)
+    settings = (found_out or config.data).model_copy(update={"workers": 0, "clips_per_video": 1})
+    with ClipLoader(settings, seed=config.run.seed, global_batch=NUM_HELD_OUT, num_clips=NUM_HELD_OUT) as loader:
         [batch] = itertools.islice(loader, 1)
-    return draw(found, config, batch, folder, "held-out" if held_out is not None else "training")
+    return draw(found, config, batch, folder, "training" if found_out is None else "held-out")

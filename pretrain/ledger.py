@@ -1,6 +1,5 @@
-"""What was consumed, written down so that it can be proved: the journal, the ledger, and their lineage.
+"""What was consumed, written down so that it can be proved: the ledger and its lineage.
 
-    journal/a0003-r00002.jsonl           decisions the clock made (substitutes), written before the step uses them
     ledger/a0003-s00000020-r00002.rows   one row per clip that an applied step consumed
     ledger/lineage-s00000040-a0003.json  the segments of one checkpoint interval, and the lineage file before it
 
@@ -14,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import UserError
 from shards.storage import fsync_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -47,94 +44,6 @@ ROW_DTYPE = np.dtype(
     ]
 )
 _CRC_AT = ROW_DTYPE.itemsize - 4
-
-
-# ---------------------------------------------------------------------------------------------- journal
-
-
-@dataclass(frozen=True, order=True)
-class JournalRow:
-    """At `position` the order wanted sample `wanted`; `substitute` is used instead, because of `reason`."""
-
-    position: int
-    wanted: int
-    substitute: int
-    reason: str
-
-
-class Journal:
-    """Decisions of the clock turned into data, so that a resumed run repeats them (design C6).
-
-    Opening reads every row that any attempt and rank left in `folder`; `add` appends to this rank's own file and
-    returns once the row is on disk. `folder=None` keeps the rows in memory only. Safe to use from several threads.
-    """
-
-    def __init__(self, folder: Path | None, attempt: int = 0, rank: int = 0, *, is_read_only: bool = False) -> None:
-        """`is_read_only`: rows are found, what is added stays in memory. For looking at a run (replay)."""
-        self._folder = folder
-        self._file: Path | None = None
-        if folder is not None and not is_read_only:
-            self._file = folder / f"a{attempt:04d}-r{rank:05d}.jsonl"
-        self._lock = threading.Lock()
-        self._rows = {} if folder is None else {row.position: row for row in read_journal(folder)}
-
-    def find(self, position: int) -> JournalRow | None:
-        """The row that must be obeyed at `position`; of several, the one of the latest attempt."""
-        return self._rows.get(position)
-
-    def rows(self) -> list[JournalRow]:
-        """Every row that is obeyed."""
-        return list(self._rows.values())
-
-    def add(self, row: JournalRow) -> None:
-        """Append a row and fsync it: call this before the batch that uses it is handed out."""
-        with self._lock:
-            if self._rows.get(row.position) == row:
-                return
-            if self._file is not None:
-                is_new = not self._file.exists()
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                with self._file.open("ab") as file:
-                    file.write(json.dumps(asdict(row)).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                if is_new:
-                    fsync_folder(self._file.parent)
-            self._rows[row.position] = row
-
-    def digest(self, position: int) -> str:
-        """sha256 (hex) over the distinct rows before `position`, those of the other ranks too (read anew)."""
-        rows = self._rows.values() if self._folder is None else read_journal(self._folder)
-        before = sorted({row for row in rows if row.position < position})
-        canonical = json.dumps([list(asdict(row).values()) for row in before], separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def read_journal(folder: Path) -> list[JournalRow]:
-    """Every row in the folder, by attempt, rank and line. A last line torn by a kill was never used: left out."""
-    rows: list[JournalRow] = []
-    for file in sorted(folder.glob("a*-r*.jsonl")):
-        *lines, _torn = file.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                fields = json.loads(line)
-                rows.append(
-                    JournalRow(
-                        int(fields["position"]),
-                        int(fields["wanted"]),
-                        int(fields["substitute"]),
-                        str(fields["reason"]),
-                    )
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"journal line {number} of {file} is {line[:80]!r}; it must be a JSON row with position, wanted, "
-                    "substitute and reason: restore the file from a backup of the run folder"
-                ) from error
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------- ledger
 
 
 @dataclass(frozen=True)

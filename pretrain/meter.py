@@ -2,6 +2,8 @@
 
 Between two rows runs  elapsed = steps + sections (eval, save);  what is not inside a section is counted as training,
 so that nothing hides between steps.
+
+    each rank: its loader's counts, wait, memory ─ gather ─ sums and maxima over the ranks ─ one row
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import re
 import resource
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,30 @@ PEAK_FLOPS: dict[str, tuple[float, float]] = {
 gives; the first that fits. Not in here: MFU is null."""
 
 
+RankNumbers = dict[str, float]
+"""What one rank measured since the row before; gathered over ranks by `pretrain.agree`."""
+
+COUNTS = (
+    "bytes_read",
+    "requests",
+    "retries",
+    "hedges",
+    "throttled",
+    "cache_hits",
+    "cache_misses",
+    "stride_dropped",
+    "decoder_respawns",
+)
+"""Counts of the loader that a row sums over the ranks; `substituted/REASON` beside them."""
+_SUBSTITUTED = "substituted/"
+
+
+def _alone(numbers: Mapping[str, float]) -> list[RankNumbers]:
+    return [dict(numbers)]
+
+
 class Meter:
-    """Measures one rank. Rows are about the time since the row before."""
+    """Measures one rank, and with `gather` tells of all. Rows are about the time since the row before."""
 
     def __init__(
         self,
@@ -43,13 +67,17 @@ class Meter:
         device: torch.device,
         precision: str = "bf16",
         clock: Callable[[], float] = time.perf_counter,
+        gather: Callable[[Mapping[str, float]], list[RankNumbers]] = _alone,
     ) -> None:
         """`flops_per_clip`: matmul and attention operations, forward and backward, over the tokens that each module
         really processes (`Pretraining.training_flops`); `num_clips`: global batch of a step, without fillers.
+        `gather`: every rank's numbers, in the order of ranks (`Agreement.gather`); by default this rank is all there
+        is.
         """
         self._flops_per_step = flops_per_clip * num_clips
         self._num_clips, self._world_size, self._device, self._clock = num_clips, world_size, device, clock
         self._peak_flops = peak_flops(device, precision)
+        self._gather = gather
         self._last_s: dict[str, float] = {}
         self._num_steps, self._section_s = 0, 0.0
         self._since_s: float | None = None
@@ -78,26 +106,32 @@ class Meter:
         return self._last_s[name]
 
     def row(self, stats: LoaderStats) -> dict[str, Any]:
-        """Rates since the last row; call it right after a step. Counts of the loader are of this rank.
+        """Rates since the last row; call it right after a step, on every rank: it is a collective.
 
-        `mfu` is null on hardware whose peak is unknown; `gpu_memory_bytes` (peak since the last row) is null on CPUs.
+        Time is this rank's (the ranks step together), memory the fullest rank's, everything about data of all ranks:
+        see `data_numbers`. `mfu` is null on hardware whose peak is unknown, `gpu_memory_bytes` (peak since the last
+        row) on CPUs.
         """
         assert self._since_s is not None, "row() before the first step"
         now_s = self._clock()
         training_s = now_s - self._since_s - self._section_s
         num_steps, self._num_steps, self._section_s, self._since_s = self._num_steps, 0, 0.0, now_s
         step_s = training_s / num_steps if num_steps else None
+        ranks = self._gather(
+            {
+                **rank_numbers(stats),
+                "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "gpu_memory_bytes": self._gpu_memory_bytes(),
+            }
+        )
+        gpu_memory_bytes = max(rank["gpu_memory_bytes"] for rank in ranks)
         return {
             "step_s": step_s,
             "clips_per_s": self._num_clips / step_s if step_s else None,
-            "data_wait_fraction": min(1.0, stats.wait_s / training_s) if training_s > 0 else None,
             "mfu": self._mfu(step_s),
-            "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "gpu_memory_bytes": self._gpu_memory_bytes(),
-            "bytes_read": stats.bytes_read,
-            "stride_dropped": stats.stride_dropped,
-            "decoder_respawns": stats.num_respawns,
-            **{f"substituted/{reason}": num for reason, num in sorted(stats.substituted.items())},
+            "memory_bytes": max(rank["memory_bytes"] for rank in ranks),
+            "gpu_memory_bytes": gpu_memory_bytes if self._device.type == "cuda" else None,
+            **data_numbers(ranks, training_s),
         }
 
     def _mfu(self, step_s: float | None) -> float | None:
@@ -105,12 +139,57 @@ class Meter:
             return None
         return self._flops_per_step / (step_s * self._peak_flops * self._world_size)
 
-    def _gpu_memory_bytes(self) -> int | None:
+    def _gpu_memory_bytes(self) -> int:
         if self._device.type != "cuda":
-            return None
+            return 0
         peak_bytes = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         return peak_bytes
+
+
+def rank_numbers(stats: LoaderStats) -> RankNumbers:
+    """What the loader of one rank did since the row before, by the names of `COUNTS`."""
+    return {
+        "wait_s": stats.wait_s,
+        "decode_s": stats.decode_s,
+        "num_clips": stats.num_clips,
+        "bytes_read": stats.bytes_read,
+        "requests": stats.num_requests,
+        "retries": stats.num_retries,
+        "hedges": stats.num_hedges,
+        "throttled": stats.num_throttled,
+        "cache_hits": stats.num_cache_hits,
+        "cache_misses": stats.num_cache_misses,
+        "stride_dropped": stats.stride_dropped,
+        "decoder_respawns": stats.num_respawns,
+        **{_SUBSTITUTED + reason: num for reason, num in stats.substituted.items()},
+    }
+
+
+def data_numbers(ranks: Sequence[Mapping[str, float]], training_s: float) -> dict[str, Any]:
+    """The part of a row that is about data, from what every rank measured in `training_s` seconds of training.
+
+    data_wait_fraction         share of the time that the slowest rank waited: the others wait for it in turn
+    data_wait_mean_fraction    the same, as the mean of the ranks
+    data_wait_max_s            how long the slowest rank waited
+    slowest_rank               which one that is; null if nobody waited
+    decode_ms                  time in a decoder per clip, mean over the clips of all ranks
+    bytes_read, requests, …    sums over all ranks (`COUNTS`, and substituted/REASON); what an evaluation read is in
+                               those of storage, which count per process
+    """
+    waits_s = [rank["wait_s"] for rank in ranks]
+    longest_s = max(waits_s)
+    num_clips = sum(rank["num_clips"] for rank in ranks)
+    reasons = sorted({name for rank in ranks for name in rank if name.startswith(_SUBSTITUTED)})
+    return {
+        "data_wait_fraction": min(1.0, longest_s / training_s) if training_s > 0 else None,
+        "data_wait_mean_fraction": min(1.0, sum(waits_s) / len(ranks) / training_s) if training_s > 0 else None,
+        "data_wait_max_s": longest_s,
+        "slowest_rank": waits_s.index(longest_s) if longest_s > 0 else None,
+        "decode_ms": 1000 * sum(rank["decode_s"] for rank in ranks) / num_clips if num_clips else None,
+        **{name: int(sum(rank[name] for rank in ranks)) for name in COUNTS},
+        **{name: int(sum(rank.get(name, 0) for rank in ranks)) for name in reasons},
+    }
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

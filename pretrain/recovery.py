@@ -14,13 +14,14 @@ from pretrain.attempt import refuse_superseded
 from pretrain.checkpoint import BrokenCheckpoint, Checkpoint, Facts
 from pretrain.config import Config, differences, parse
 from pretrain.data.loader import ClipLoader
+from pretrain.data.source import specs
 from pretrain.engine import Engine
 from pretrain.ledger import Ledger, LineageHead, commit_lineage
 from pretrain.load import load_state
 from pretrain.redact import without_secrets
 from pretrain.world import World
 from shards.errors import UserError
-from shards.manifest import load_manifest
+from shards.source import load_manifests
 
 log = logging.getLogger(__name__)
 
@@ -132,13 +133,16 @@ def refuse_other_config(run_dir: Path, config: Config, *, allow_change: bool) ->
 
 def refuse_other_data(run_dir: Path, config: Config) -> None:
     """The data set is there and is the one of the run, and there are steps left to do: asked before a start counts."""
-    data, facts = load_manifest(config.data.shards), newest_facts(run_dir)
+    manifests, facts = load_manifests(specs(config.data)), newest_facts(run_dir)
     if facts is None:
         return
-    if facts.cursor["manifest_hash"] != data.hash:
+    one = facts.cursor["manifest_hash"]
+    known = [{manifest.hash, *(version.hash for version in manifest.history)} for manifest in manifests]
+    saved = [steps[-1][1] for steps in facts.cursor.get("sources", [[[0, one, None]]])]
+    if len(saved) != len(known) or any(hash_ not in hashes for hash_, hashes in zip(saved, known, strict=True)):
         raise UserError(
             f"data.shards is {config.data.shards}; it is another data set than that of {run_dir} (manifest "
-            f"{data.hash[:12]} instead of {facts.cursor['manifest_hash'][:12]}): name the right one, or use "
+            f"{manifests[0].hash[:12]} instead of {saved[0][:12]}): name the right one, or use "
             f"run.dir=NEW train.init_from={run_dir}"
         )
     if facts.step > config.train.steps:

@@ -12,7 +12,8 @@ import numpy as np
 from pretrain import checkpoint
 from pretrain.data.loader import ClipLoader
 from pretrain.gallery import draw
-from pretrain.ledger import ROW_DTYPE, Journal, LineageHead, walk_lineage
+from pretrain.journal import Journal
+from pretrain.ledger import ROW_DTYPE, LineageHead, walk_lineage
 from pretrain.witness import config_of
 from shards.errors import UserError
 
@@ -65,18 +66,16 @@ def replay_step(run_dir: Path, step: int) -> Replay:
     config = config_of(newest)
     if step >= config.train.steps:
         raise UserError(f"--step is {step}; the run has the steps 0 to {config.train.steps - 1}: name one of these")
-    journal = Journal(run_dir / "journal", is_read_only=True)
-    position = step * config.train.global_batch // config.data.clips_per_video
     with ClipLoader(
         config.data.model_copy(update={"workers": 0}),
         seed=config.run.seed,
         global_batch=config.train.global_batch,
         micro_batch=1,
-        journal=journal,
+        journal=Journal(run_dir / "journal", is_read_only=True),
         limits=config.limits,
     ) as loader:
-        state = {**newest.facts.cursor, "position": position, "journal_digest": journal.digest(position)}
-        loader.load_state_dict(state)
+        loader.load_state_dict(newest.facts.cursor)
+        loader.go_to_step(step)
         batches = list(itertools.islice(loader, loader.num_micro_steps))
     rebuilt = sorted(
         (int(b.position_B[0]), int(b.draw_B[0]), int(b.sample_B[0]), int(b.checksum_B[0])) for b in batches

@@ -20,10 +20,12 @@ from pretrain.checkpoint import candidates, newest
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
+from pretrain.data.source import held_out
 from pretrain.engine import Engine, join_ranks
-from pretrain.evaluation import Evaluation, held_out_shards
+from pretrain.evaluation import Evaluation
 from pretrain.gallery import draw_held_out
-from pretrain.ledger import Journal, Ledger
+from pretrain.journal import Journal
+from pretrain.ledger import Ledger
 from pretrain.meter import Meter
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
@@ -126,6 +128,9 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         journal=journal,
         limits=config.limits,
     )
+    seen = int(loader.manifest_hash[:15], 16)
+    if not rank.agreement.all_true(seen == rank.agreement.from_first(seen)):
+        raise RuntimeError("the data set grew while the ranks were starting, and they see different manifests of it")
     model = Pretraining(
         config.model.size,
         config.objective,
@@ -144,6 +149,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         world_size=world.size,
         device=device,
         precision=train.precision,
+        gather=rank.agreement.gather,
     )
     optimizer = build_optimizer(model, config.optim)
     engine = Engine(
@@ -162,11 +168,12 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     if world.is_first:
         _describe(rank.run_dir, config)
     evaluation = None
-    if config.eval.every_steps and held_out_shards(data) is None:
-        rank.console.say(f"eval     none: {data.shards} holds nothing out (no split {data.eval_split})")
-    elif config.eval.every_steps:
+    found_out = held_out(data) if config.eval.every_steps else None
+    if config.eval.every_steps and found_out is None:
+        rank.console.say(f"eval     none: data.shards holds nothing out (no split {data.eval_split})")
+    if found_out is not None:
         evaluation = Evaluation(
-            data,
+            found_out,
             config.eval,
             micro_batch=train.micro_batch,
             seed=config.run.seed,

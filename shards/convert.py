@@ -9,6 +9,7 @@ frame renews. A child serves one file after the other; only after a death is a n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.claims import LEVELS, read_claims
 from shards.encode import PLANAR_420, Encoding, Motion, check_length, encode_file
 from shards.errors import UserError
 from shards.probe import Facts, Limits, Rejected, probe
@@ -31,6 +33,7 @@ from shards.storage import write_atomic
 
 COMMAND = [sys.executable, "-m", "shards.convert"]
 RENEW_EVERY_FRAMES = 16
+HASH_BLOCK_BYTES = 8 << 20
 MAX_COPY_BYTES = 2**32 - 1
 MAX_SIDE = 2**16 - 1
 
@@ -41,8 +44,9 @@ class Job:
 
     path: str
     folder: str
-    """Where the samples and then `outcome.json` are put."""
+    """Where the samples and then `outcome.json` are put; "" leaves nothing behind."""
     preset: str
+    """train, copy, or a level of `claims.LEVELS`: then nothing is made, the file is described as it is."""
     encoding: Encoding
     limits: Limits
 
@@ -81,6 +85,8 @@ class Outcome:
     pieces: tuple[Piece, ...] = ()
     reason: str = ""
     detail: str = ""
+    sha256: str = ""
+    """Of the file, where it gave samples."""
 
     def to_json(self) -> str:
         """One line; `from_json` reads it back."""
@@ -90,7 +96,8 @@ class Outcome:
     def from_json(cls, text: str) -> Outcome:
         """Read one line."""
         row = json.loads(text)
-        return cls(tuple(Piece(**piece) for piece in row["pieces"]), row["reason"], row["detail"])
+        pieces = tuple(Piece(**piece) for piece in row["pieces"])
+        return cls(pieces, row["reason"], row["detail"], row.get("sha256", ""))
 
 
 OUTCOME_NAME = "outcome.json"
@@ -195,7 +202,8 @@ def _death(code: int, limits: Limits) -> Outcome:
 def run_job(job: Job, renew: Callable[[], None]) -> Outcome:
     """Probe and encode one file; `renew` is called for every frame. What is wrong with the file is an Outcome."""
     try:
-        return Outcome(_convert(job, renew))
+        pieces = _convert(job, renew)
+        return Outcome(pieces, sha256=_sha256(Path(job.path), renew) if job.folder else "")
     except Rejected as rejected:
         return Outcome(reason=rejected.reason, detail=rejected.detail)
     except MemoryError:
@@ -210,12 +218,24 @@ class _UnwritableError(Exception):
     """The folder for samples is full or gone."""
 
 
+def _sha256(path: Path, renew: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+            renew()
+    return digest.hexdigest()
+
+
 def _convert(job: Job, renew: Callable[[], None]) -> tuple[Piece, ...]:
     path = Path(job.path)
     if not path.is_file():
         raise Rejected("missing", "there is no such file")
     if not os.access(path, os.R_OK):
         raise Rejected("unreadable", "no permission to read it")
+    if job.preset in LEVELS:
+        claims = read_claims(path, job.preset, job.limits, renew)
+        return (Piece(file=str(path), start_s=0.0, grid=0, **vars(claims)),)
     motion = Motion(job.encoding.stride)
     is_copy = job.preset == "copy"
 
@@ -231,7 +251,10 @@ def _convert(job: Job, renew: Callable[[], None]) -> tuple[Piece, ...]:
     for number, sample in enumerate(encode_file(path, facts, job.encoding, job.limits, renew)):
         file = Path(job.folder, f"{number:06d}.mp4")
         try:
-            file.write_bytes(sample.video)
+            with file.open("wb") as out:
+                out.write(sample.video)
+                out.flush()
+                os.fsync(out.fileno())  # before the outcome that names it: also a power cut leaves whole samples
         except OSError as error:
             raise _UnwritableError(str(error)) from error
         row = {name: value for name, value in vars(sample).items() if name != "video"}
@@ -286,7 +309,8 @@ def main() -> None:
             limited = True
         outcome = run_job(job, _renewer(job.limits.stall_cpu_s))
         try:
-            write_atomic(Path(job.folder, OUTCOME_NAME), outcome.to_json().encode())
+            if job.folder:
+                write_atomic(Path(job.folder, OUTCOME_NAME), outcome.to_json().encode())
         except OSError as error:
             outcome = Outcome(reason="unwritable", detail=str(error))
         answers.write(outcome.to_json() + "\n")

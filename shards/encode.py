@@ -1,9 +1,13 @@
 """The training encode: short side, at most so many frames/s, and a stride grid that decodes without its neighbours.
 
 A training clip takes every `stride`-th frame. The encode makes just those frames references (between two of them lie
-B frames that nothing refers to), in closed groups whose length is a multiple of the stride, so a decoder told to skip
-non-reference frames touches a quarter of the frames at stride 4 and still gets bit-identical pictures. Whether that
-came true is checked on the bytes written (`grid`), not assumed. One encoder thread: x264 writes other bytes with two.
+B frames that nothing refers to), in closed groups whose length is a multiple of the stride, so a decoder that is given
+the frames of this grid alone decodes a quarter of all frames at stride 4 and still gets bit-identical pictures. Whether
+that came true is checked on the bytes written, not assumed: a sample that fails is refused. One encoder thread: x264
+writes other bytes with two.
+
+For clips of so many frames a second, whatever the source (`for_rate`), frames are written at the largest multiple of
+that rate that source and `max_rate` allow, at most 8 times it, and that multiple is the grid.
 
 Frames are written evenly spaced at the rate usual in the sample, as 8-bit BT.601 or BT.709 4:2:0 in limited range, with
 tags, rotation and pixel aspect applied, even sizes.
@@ -13,6 +17,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,26 +27,37 @@ from typing import Any, cast
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from shards.cadence import Cadence, find_cadence
 from shards.layout import MATRIX_BT709
-from shards.probe import Facts, Limits, Rejected, keep_evenly, read_frames
+from shards.mp4 import read_table
+from shards.probe import Facts, Limits, Rejected, read_frames
 
 CRF = 23
 LONGEST_GOP = 64
-MOST_B_FRAMES = 7
-RATE_SNAP = 0.02
-NEAT_TOLERANCE = 2e-4
 LUMA_BLOCK = 8
 SWS_SPACE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}
 """AVColorSpace tag -> swscale's name for the matrix."""
 SWS_BT601, SWS_BT709 = 5, 1
 SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 PLANAR_420 = ("yuv420p", "yuvj420p")
+
+
+def _x264_cpu() -> dict[str, str]:
+    """Keep x264 from AVX-512: with it the same frames give other bytes now and then (seen with the x264 in PyAV's
+    wheels: poison the heap with MALLOC_PERTURB_ and compare; only with mbtree). Other processors are left alone.
+    """
+    path = Path("/proc/cpuinfo")
+    return {"asm": "AVX2"} if path.exists() and " avx512f" in path.read_text() else {}
+
+
+X264_CPU = _x264_cpu()
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,8 @@ class Encoding:
     max_rate: float = 30.0
     stride: int = 4
     min_frames: int = 16
+    for_rate: float | None = None
+    """Frames/s of the clips that will be taken; sets the grid instead of `stride`. Slower sources keep their rate."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +93,10 @@ def encode_file(
     path: Path, facts: Facts, encoding: Encoding, limits: Limits, on_frame: Callable[[], None]
 ) -> Iterator[Sample]:
     """The samples of a probed file, in order of time. Raises Rejected if it is too short or does not decode again."""
-    kept = keep_evenly(facts.times_s, encoding.max_rate)
+    cadence = find_cadence(facts, max_rate=encoding.max_rate, stride=encoding.stride, for_rate=encoding.for_rate)
+    kept = cadence.kept
     check_length(len(kept), encoding)
     times_s = [facts.times_s[number] for number in kept]
-    file_rate = _file_rate(times_s, facts.nominal_rate)
     bounds = piece_bounds(len(kept), encoding.max_frames)
     coded_size, transform = _coded_size(facts, encoding.short_side), facts.transform
     wanted = iter(kept)
@@ -92,8 +110,8 @@ def encode_file(
         next_kept = next(wanted, None)
         if writer is None:
             start, end = bounds[0]
-            rate = _piece_rate(times_s[start:end], file_rate)
-            writer = _Writer(_shown_size(coded_size, transform), rate, encoding.stride, facts)
+            rate = cadence.rate_between(facts.times_s, kept[start], kept[end - 1])
+            writer = _Writer(_shown_size(coded_size, transform), rate, cadence, facts)
         writer.add(_picture(frame, facts, coded_size))
         done += 1
         if done == bounds[0][1]:
@@ -115,11 +133,6 @@ def piece_bounds(num_frames: int, max_frames: int) -> list[tuple[int, int]]:
     num_pieces = -(-num_frames // max_frames)
     edges = [num_frames * piece // num_pieces for piece in range(num_pieces + 1)]
     return list(itertools.pairwise(edges))
-
-
-def grid_of(stride: int) -> int:
-    """Distance of reference frames for a training stride: its largest divisor that needs at most 7 B frames."""
-    return max(divisor for divisor in range(1, MOST_B_FRAMES + 2) if stride % divisor == 0)
 
 
 def luma_blocks(frame: VideoFrame) -> NDArray[np.float32]:
@@ -162,10 +175,9 @@ class Motion:
 class _Writer:
     """One mp4 in memory."""
 
-    def __init__(self, size: tuple[int, int], rate: Fraction, stride: int, facts: Facts) -> None:
+    def __init__(self, size: tuple[int, int], rate: Fraction, cadence: Cadence, facts: Facts) -> None:
         self._rate = rate
-        self._stride = stride
-        self._grid = grid_of(stride)
+        self._stride, self._grid = cadence.stride, cadence.grid
         self._matrix = facts.matrix
         self._buffer = io.BytesIO()
         self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
@@ -203,6 +215,7 @@ class _Writer:
             "b-pyramid": "none",
             "cabac": 0,
             "no-deblock": 1,
+            **X264_CPU,
         }
         return ":".join(f"{name}={value}" for name, value in words.items())
 
@@ -218,7 +231,7 @@ class _Writer:
         self._mux(self._encode(None))
         self._container.close()
         video = self._buffer.getvalue()
-        motion, grid = inspect(video, num_frames, grid=self._grid, stride=self._stride)
+        motion = inspect(video, num_frames, grid=self._grid, stride=self._stride)
         return Sample(
             video=video,
             start_s=start_s,
@@ -226,26 +239,39 @@ class _Writer:
             rate=float(self._rate),
             width=self._stream.width,
             height=self._stream.height,
-            grid=grid,
+            grid=self._grid,
             motion=motion,
             matrix=self._matrix,
             full_range=False,
         )
 
 
-def inspect(video: bytes, num_frames: int, *, grid: int, stride: int) -> tuple[float, int]:
-    """Decode an encoded sample: its motion score, and `grid` if a decoder that skips non-reference frames returns every
-    frame of that grid, else 0. Raises Rejected unless exactly `num_frames` frames decode.
+def inspect(video: bytes, num_frames: int, *, grid: int, stride: int) -> float:
+    """Decode an encoded sample and return its motion score.
+
+    Raises Rejected unless exactly `num_frames` frames decode, and those on the grid are references that decode bit for
+    bit alike when the decoder is given nothing else.
     """
     motion = Motion(stride)
     all_pts: list[int] = []
+    checksums: list[int] = []
     for frame in _decode_again(video, skip=False):
         motion.add(frame, len(all_pts))
+        if len(all_pts) % grid == 0:
+            checksums.append(_checksum(frame))
         all_pts.append(cast("int", frame.pts))
     if len(all_pts) != num_frames:
         raise Rejected("encode", f"{num_frames} frames were encoded, {len(all_pts)} decode")
     references = {frame.pts for frame in _decode_again(video, skip=True)}
-    return motion.score, grid if references.issuperset(all_pts[::grid]) else 0
+    if not references.issuperset(all_pts[::grid]):
+        raise Rejected("encode", f"not every frame on the grid of {grid} is a reference")
+    if [_checksum(frame) for frame in _decode_grid(video, num_frames, grid)] != checksums:
+        raise Rejected("encode", f"the frames on the grid of {grid} decode otherwise without the frames between them")
+    return motion.score
+
+
+def _checksum(frame: VideoFrame) -> int:
+    return zlib.crc32(frame.to_ndarray().tobytes())
 
 
 def _decode_again(video: bytes, *, skip: bool) -> Iterator[VideoFrame]:
@@ -259,6 +285,23 @@ def _decode_again(video: bytes, *, skip: bool) -> Iterator[VideoFrame]:
             yield from container.decode(stream)
     except FFmpegError as error:
         raise Rejected("encode", f"the encoded sample does not decode: {error}") from error
+
+
+def _decode_grid(video: bytes, num_frames: int, grid: int) -> Iterator[VideoFrame]:
+    """The frames on the grid, from their packets alone."""
+    table = read_table(video, num_frames)
+    if table is None:
+        raise Rejected("encode", "the encoded sample has tables of another kind than expected")
+    context = VideoCodecContext.create("h264", "r")
+    context.extradata = table.config
+    context.thread_count = 1
+    numbers = np.arange(0, num_frames, grid, dtype=np.int32)
+    packets = [Packet(cast("Any", content)) for content, _ in table.packets(video, numbers, grid)]
+    try:
+        for packet in [*packets, None]:
+            yield from cast("Any", context).decode(packet)
+    except FFmpegError as error:
+        raise Rejected("encode", f"the frames on the grid do not decode alone: {error}") from error
 
 
 def _coded_size(facts: Facts, short_side: int) -> tuple[int, int]:
@@ -309,35 +352,3 @@ def turned(plane: NDArray[np.uint8], transform: tuple[int, int, int, int]) -> ND
 
 def _is_tagged(value: int) -> bool:
     return value not in (0, 2)
-
-
-def _file_rate(times_s: list[float], nominal_rate: float) -> Fraction:
-    """Frames/s of the kept frames: the container's rate over a whole number where that fits, else as measured."""
-    rate = _typical_rate(times_s)
-    if nominal_rate > 0:
-        snapped = nominal_rate / max(1, round(nominal_rate / rate))
-        if abs(snapped - rate) <= RATE_SNAP * rate:
-            rate = snapped
-    return _neat(rate)
-
-
-def _piece_rate(times_s: list[float], file_rate: Fraction) -> Fraction:
-    """Frames/s of one piece: the file's rate unless the piece is really slower or faster (variable rate)."""
-    rate = _typical_rate(times_s)
-    return file_rate if abs(rate - float(file_rate)) <= RATE_SNAP * rate else _neat(rate)
-
-
-def _neat(rate: float) -> Fraction:
-    """The whole or NTSC rate (30000/1001) that a measured one means, if it is close to one."""
-    for base in (Fraction(1), Fraction(1000, 1001)):
-        if abs(round(rate / base) * base - rate) < NEAT_TOLERANCE * rate:
-            return round(rate / base) * base
-    return Fraction(rate).limit_denominator(1001)
-
-
-def _typical_rate(times_s: list[float]) -> float:
-    """Frames/s over the usual distance between frames: a hole in the film does not count, jitter averages out."""
-    gaps_s = np.diff(times_s)
-    median_s = float(np.median(gaps_s))
-    usual_s = float(gaps_s[np.abs(gaps_s - median_s) <= median_s / 2].mean())
-    return 1 / usual_s

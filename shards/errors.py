@@ -16,3 +16,8 @@ class SampleError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+        self.detail = detail
+
+    def bare(self) -> SampleError:
+        """The same without its traceback and cause, to keep."""
+        return SampleError(self.reason, self.detail)

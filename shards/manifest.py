@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,54 +18,83 @@ from typing import Any
 import numpy as np
 
 from shards import storage
+from shards.content import Content, content_text
 from shards.errors import UserError
 from shards.layout import (
+    CONTENT_NAME,
     MANIFEST_NAME,
     RECORD_DTYPE,
     Manifest,
+    Place,
     Records,
     Shard,
     Split,
     group_number,
     index_name,
+    is_url,
 )
+from shards.tarstream import TarStream
 
 BLOCK_BYTES = 8 << 20
+TARS = "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
+SCANS = 4
+"""Tars read at the same time: hashing runs outside of the interpreter's lock."""
 
 
 def build_manifest(folder: Path, preset: str) -> Manifest:
-    """Index every SPLIT-NNNNNN.tar of a folder; write the indexes, then manifest.json. Returns the manifest.
+    """Index every SPLIT-NNNNNN.tar of a folder; write indexes and content.jsonl, then manifest.json. Returns it.
 
     Labels are numbered in sorted order over all splits (by value where all are whole numbers).
     """
     names: dict[str, list[str]] = {}
-    for path in sorted(folder.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar")):
-        names.setdefault(path.name[:-11], []).append(path.name)
-    scans = {split: [scan_tar(folder / name) for name in shards] for split, shards in names.items()}
+    for path in sorted([*folder.glob(TARS), *folder.glob(f"*/{TARS}")], key=lambda path: path.name):
+        names.setdefault(path.name[:-11], []).append(path.relative_to(folder).as_posix())
+    with ThreadPoolExecutor(SCANS) as pool:
+        scans = {
+            split: list(pool.map(scan_tar, [str(folder / name) for name in shards], shards))
+            for split, shards in names.items()
+        }
     found = {sample.label for shards in scans.values() for scan in shards for sample in scan.samples}
     labels = sort_labels({label for label in found if label is not None})
     numbers = {label: number for number, label in enumerate(labels)}
     splits: dict[str, Split] = {}
     for split, shards in scans.items():
-        records = np.concatenate([_records(scan, number, numbers) for number, scan in enumerate(shards)])
+        records = np.concatenate([make_records(scan, number, numbers) for number, scan in enumerate(shards)])
         data = records.tobytes()
         storage.write_atomic(folder / index_name(split), data)
-        frames, sizes = records["num_frames"], records["size"]
-        pixels = records["width"].astype(np.int64) * records["height"]
-        splits[split] = Split(
-            index=index_name(split),
-            num_samples=len(records),
-            num_frames=int(frames.sum(dtype=np.int64)),
-            min_frames=int(frames.min()),
-            max_frames=int(frames.max()),
-            max_pixels=int(pixels.max()),
-            max_bytes=int(sizes.max()),
-            sha256=hashlib.sha256(data).hexdigest(),
-            shards=tuple(scan.shard for scan in shards),
-        )
+        sha256 = hashlib.sha256(data).hexdigest()
+        splits[split] = describe(records, index_name(split), sha256, [scan.shard for scan in shards])
+    storage.write_atomic(folder / CONTENT_NAME, content_text(_content(scans)))
     manifest = Manifest.make(preset=preset, labels=tuple(labels), splits=splits)
     storage.write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
     return manifest
+
+
+def describe(records: Records, index: str, sha256: str, shards: Sequence[Shard]) -> Split:
+    """What the manifest says of a split that has samples."""
+    frames = records["num_frames"]
+    pixels = records["width"].astype(np.int64) * records["height"]
+    return Split(
+        index=index,
+        num_samples=len(records),
+        num_frames=int(frames.sum(dtype=np.int64)),
+        min_frames=int(frames.min()),
+        max_frames=int(frames.max()),
+        max_pixels=int(pixels.max()),
+        max_bytes=int(records["size"].max()),
+        sha256=sha256,
+        shards=tuple(shards),
+    )
+
+
+def _content(scans: Mapping[str, Sequence[Scan]]) -> list[Content]:
+    places: dict[tuple[str, str, str], list[Place]] = {}
+    for split, shards in scans.items():
+        for scan in shards:
+            for sample in scan.samples:
+                key = (sample.facts["source"], sample.facts["source_sha256"], split)
+                places.setdefault(key, []).append((scan.shard.name, sample.offset))
+    return [Content(*key, tuple(samples)) for key, samples in sorted(places.items())]
 
 
 def sort_labels(labels: set[str]) -> list[str]:
@@ -78,6 +108,7 @@ def sort_labels(labels: set[str]) -> list[str]:
 class ScannedSample:
     """One sample as found in a tar."""
 
+    key: str
     offset: int
     size: int
     checksum: int
@@ -93,24 +124,24 @@ class Scan:
     samples: tuple[ScannedSample, ...]
 
 
-def scan_tar(path: Path) -> Scan:
-    """Read a finished tar once: where each video lies, its checksum, and what its KEY.json says."""
+def scan_tar(url: str, name: str) -> Scan:
+    """Read a tar that we packed once: where each video lies, its checksum, and what its KEY.json says."""
     videos: dict[str, tuple[int, int, int]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    with tarfile.open(path, "r:") as tar:
+    num_bytes, _ = storage.size_and_tag(url)
+    with TarStream(url, num_bytes) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
-            file = tar.extractfile(member)
-            assert file is not None
-            data = file.read()
             if extension == "json":
-                facts[key] = json.loads(data)
+                facts[key] = json.loads(b"".join(tar.body()))
             else:
-                videos[key] = (member.offset_data, member.size, zlib.crc32(data))
+                checksum = 0
+                for part in tar.body():
+                    checksum = zlib.crc32(part, checksum)
+                videos[key] = (member.offset, member.size, checksum)
     assert videos.keys() == facts.keys()
-    samples = tuple(ScannedSample(*place, facts[key]["label"], facts[key]) for key, place in videos.items())
-    shard = Shard(path.name, path.stat().st_size, len(samples), sha256_of(str(path)))
-    return Scan(shard, samples)
+    samples = tuple(ScannedSample(key, *place, facts[key]["label"], facts[key]) for key, place in videos.items())
+    return Scan(Shard(name, num_bytes, len(samples), tar.sha256), samples)
 
 
 def sha256_of(url: str) -> str:
@@ -122,7 +153,8 @@ def sha256_of(url: str) -> str:
     return digest.hexdigest()
 
 
-def _records(scan: Scan, shard: int, numbers: dict[str, int]) -> Records:
+def make_records(scan: Scan, shard: int, numbers: Mapping[str, int]) -> Records:
+    """Index rows of a tar; `shard` is its number in the split, `numbers` are those of the labels."""
     records = np.zeros(len(scan.samples), RECORD_DTYPE)
     for record, sample in zip(records, scan.samples, strict=True):
         facts = sample.facts
@@ -152,6 +184,11 @@ def load_manifest(url: str) -> Manifest:
         ) from error
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{where} cannot be read: {error}; check the path and the permissions") from error
+
+
+def shard_url(folder: str, name: str) -> str:
+    """URL of a tar, given the folder of its manifest."""
+    return name if is_url(name) else storage.join(folder, name)
 
 
 def manifest_url(url: str) -> str:

@@ -3,6 +3,7 @@
     step, micro step, rank  ->  clip numbers q          rank_clips
     clip number q           ->  position, draw          clip_places
     position p              ->  epoch p // N, sample π(seed, epoch)(p mod N)      sample_numbers
+    a failing sample        ->  the next candidate                                substitute
     (seed, epoch, sample, draw, purpose)  ->  numbers in [0, 1)                   uniform
 
 π is a keyed permutation of 0..N-1: a Feistel network over the bits of N-1, walked until it lands below N
@@ -34,19 +35,39 @@ _SHIFT_30, _SHIFT_27, _SHIFT_31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def sample_numbers(
-    seed: int, num_samples: int, positions_K: NDArray[np.int64]
+    seed: int,
+    num_samples: int,
+    positions_K: NDArray[np.int64],
+    *,
+    run_length: int = 1,
+    first_position: int = 0,
+    first_epoch: int = 0,
+    source: int = 0,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Say which sample each position of a run takes, and in which epoch it lies.
+    """Say which sample each position takes, and in which epoch it lies.
 
     Every epoch (N positions in a row) holds every sample exactly once, in an order of its own. The cost is O(1)
-    per position in time and memory whatever N is; whole batches are cheapest. Returns two int64 arrays of the
-    shape of `positions_K` (all >= 0): epochs and samples.
+    per position in time and memory whatever N is; whole batches are cheapest. `positions_K` must not be before
+    `first_position`, where epoch `first_epoch` begins (a data set that grew begins anew there); each `source` of a
+    mixture has orders of its own. Returns two int64 arrays of the shape of `positions_K`: epochs and samples.
+
+    With `run_length` r the samples come in runs of r neighbours, which one read can fetch: it is the runs that are
+    permuted. Runs begin at multiples of r of the position itself, in every epoch, so that batches whose size is a
+    multiple of r never cut one. Where an epoch begins or ends amid a run, and where r does not divide N, the walk
+    below finds another place for the few samples concerned.
     """
     positions_K = np.asarray(positions_K, dtype=np.int64)
-    epoch_K = positions_K // num_samples
-    index_K = (positions_K - epoch_K * num_samples).astype(np.uint64)
-    keys_RK = _round_keys(_hash64(b"order", seed), epoch_K.astype(np.uint64))
-    return epoch_K, _permute(index_K, keys_RK, num_samples).astype(np.int64)
+    passed_K = positions_K - first_position
+    epoch_K = passed_K // num_samples
+    index_K = passed_K - epoch_K * num_samples
+    tweak_K = (epoch_K + first_epoch).astype(np.uint64)
+    key = _hash64(b"order", seed, source) if source else _hash64(b"order", seed)
+    if run_length == 1:
+        sample_K = _permute(index_K.astype(np.uint64), _round_keys(key, tweak_K), num_samples).astype(np.int64)
+    else:
+        shift_K = (first_position + epoch_K * num_samples) % run_length
+        sample_K = _permute_runs(index_K, shift_K, key, tweak_K, num_samples, run_length)
+    return epoch_K + first_epoch, sample_K
 
 
 def uniform(seed: int, *, epoch: int, sample: int, draw: int, purpose: str, size: int) -> NDArray[np.float64]:
@@ -60,8 +81,8 @@ def uniform(seed: int, *, epoch: int, sample: int, draw: int, purpose: str, size
     return (_mix(counter) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def substitute(seed: int, num_samples: int, position: int, attempt: int) -> int:
-    """Name the sample to take at `position` instead of its own when that one fails.
+def substitute(seed: int, num_samples: int, position: int, wanted: int, attempt: int) -> int:
+    """Name the sample to take at `position` instead of `wanted` when that one fails.
 
     Attempts 0, 1, ... N-2 name every other sample exactly once, never the failing one (with N = 1 there is no
     other, and sample 0 comes back). The candidates of different positions are unrelated, so that a bad stretch
@@ -69,11 +90,16 @@ def substitute(seed: int, num_samples: int, position: int, attempt: int) -> int:
     """
     if num_samples == 1:
         return 0
-    _, wanted = sample_numbers(seed, num_samples, np.array([position]))
     num_others = num_samples - 1
     keys_RK = _round_keys(_hash64(b"substitute", seed), np.array([position], dtype=np.uint64))
     candidate = int(_permute(np.array([attempt % num_others], dtype=np.uint64), keys_RK, num_others)[0])
-    return candidate + 1 if candidate >= int(wanted[0]) else candidate
+    return candidate + 1 if candidate >= wanted else candidate
+
+
+def slot_order(seed: int, phase: int, cycle: int, num_slots: int) -> NDArray[np.int64]:
+    """Permute the slots of one cycle of a mixture: int64 [num_slots] (see shards/mixture.py)."""
+    keys_RK = _round_keys(_hash64(b"mixture", seed, phase), np.array([cycle], dtype=np.uint64))
+    return _permute(np.arange(num_slots, dtype=np.uint64), keys_RK, num_slots).astype(np.int64)
 
 
 def num_micro_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
@@ -86,10 +112,12 @@ def rank_clips(
 ) -> NDArray[np.int64]:
     """Give the clip numbers of one micro batch of one rank: int64 [micro_batch], FILLER where the step has no more.
 
-    Clip i of step k has number k * global_batch + i. Micro step m, rank r, place j hold i = m * world * micro +
-    r * micro + j, so that any world size and micro batch cut the same global batch, fillers at its end.
+    Clip i of step k has number k * global_batch + i. A rank takes one stretch of the step, its micro steps one after
+    the other, so that neighbours in the order are read by one rank; any world size and micro batch cut the same
+    global batch. Fillers are at its end.
     """
-    index_B = (micro_step * world_size + rank) * micro_batch + np.arange(micro_batch, dtype=np.int64)
+    num_steps = num_micro_steps(global_batch, micro_batch, world_size)
+    index_B = (rank * num_steps + micro_step) * micro_batch + np.arange(micro_batch, dtype=np.int64)
     return np.where(index_B < global_batch, step * global_batch + index_B, FILLER)
 
 
@@ -142,6 +170,37 @@ def _permute(index_K: NDArray[np.uint64], keys_RK: NDArray[np.uint64], num_sampl
         result_K[outside] = walked_O
         outside = outside[walked_O >= num_samples]
     return result_K
+
+
+def _permute_runs(
+    index_K: NDArray[np.int64],
+    shift_K: NDArray[np.int64],
+    key: int,
+    tweak_K: NDArray[np.uint64],
+    num_samples: int,
+    run_length: int,
+) -> NDArray[np.int64]:
+    """Permute runs of neighbours; an epoch begins `shift` places after the beginning of a run.
+
+    Index i stands at place x = i + shift of a whole number of runs, M places in all. Permuting whole runs is a
+    permutation f of 0..M-1. M - N numbers of its result are no samples, and as many places are no indices: the walk
+    leads from the k-th of those numbers to the k-th of these places, and on with f, until it meets a sample.
+    """
+    sample_K = np.empty_like(index_K)
+    num_runs_K = -(-(num_samples + shift_K) // run_length)
+    for num_runs in np.unique(num_runs_K).tolist():  # two values at most: the shift is shorter than a run
+        mine = np.flatnonzero(num_runs_K == num_runs)
+        place, shift, tweak = index_K[mine] + shift_K[mine], shift_K[mine], tweak_K[mine]
+        while mine.size:
+            keys_RK = _round_keys(key, tweak)
+            run = _permute((place // run_length).astype(np.uint64), keys_RK, num_runs).astype(np.int64)
+            found = run * run_length + place % run_length
+            sample_K[mine] = found
+            over = found - num_samples
+            outside = over >= 0
+            place = np.where(over < shift, over, found)[outside]
+            mine, shift, tweak = mine[outside], shift[outside], tweak[outside]
+    return sample_K
 
 
 def _feistel(index_K: NDArray[np.uint64], keys_RK: NDArray[np.uint64], bits: int) -> NDArray[np.uint64]:

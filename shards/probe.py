@@ -27,6 +27,11 @@ COUNT_TOLERANCE = 0.02
 BT709_MIN_HEIGHT = 720
 """Untagged video of at least this height is taken as BT.709, smaller as BT.601, as players do."""
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+UNTAGGED = (0, 2)
+BT2020 = 9
+"""Number of its primaries and of its non-constant matrix."""
+NO_PLAIN_MATRIX = {10: "BT.2020 constant-luminance", 13: "constant-luminance", 14: "ICtCp"}
+"""Matrices for which no product of three numbers gives the colours back."""
 TAGGED_BT601 = (4, 5, 6)
 TAGGED_BT709 = (1, 7, 9, 10)
 """SMPTE 240M and BT.2020 have matrices of their own; the training encode converts them to BT.709."""
@@ -135,7 +140,7 @@ def open_video(path: Path, limits: Limits) -> Generator[tuple[InputContainer, Vi
     try:
         container = av.open(str(path.absolute()), mode="r", format=demuxer, options=options)
     except (FFmpegError, UnicodeError) as error:
-        raise Rejected("unreadable", f"{demuxer}: {_words(error)}") from error
+        raise Rejected("unreadable", f"{demuxer}: {words_of(error)}") from error
     with container:
         stream = container.streams.best("video")
         if not isinstance(stream, VideoStream):
@@ -168,8 +173,7 @@ def probe(path: Path, limits: Limits, on_frame: Callable[[VideoFrame, int], None
         for frame in _decode(container, stream, ends_s, num_discarded):
             if first is None:
                 first = frame
-                if first.color_trc in HDR_TRANSFERS:
-                    kind = HDR_TRANSFERS[first.color_trc]
+                if kind := hdr_kind(first):
                     raise Rejected("hdr", f"{kind} video must be tone-mapped before packing")
             time_s = _time_s(frame)
             if times_s and time_s < times_s[-1]:
@@ -183,7 +187,7 @@ def probe(path: Path, limits: Limits, on_frame: Callable[[VideoFrame, int], None
         if first is None:
             raise Rejected("no_video", "no frame decodes")
         claim.check(len(times_s) + num_discarded[0], ends_s[0])
-        return _facts(container, stream, first, [time_s - times_s[0] for time_s in times_s])
+        return facts_of(container, stream, first, [time_s - times_s[0] for time_s in times_s])
 
 
 def keep_evenly(times_s: list[float], max_rate: float) -> list[int]:
@@ -253,7 +257,7 @@ def _decode(
     except FFmpegError as error:
         if error.errno == 12:
             raise MemoryError(str(error)) from error
-        raise Rejected("damaged", f"{_words(error)} at {ends_s[0]:.2f} s") from error
+        raise Rejected("damaged", f"{words_of(error)} at {ends_s[0]:.2f} s") from error
 
 
 def _time_s(frame: VideoFrame) -> float:
@@ -262,11 +266,8 @@ def _time_s(frame: VideoFrame) -> float:
     return float(frame.pts * frame.time_base)
 
 
-def _facts(container: InputContainer, stream: VideoStream, first: VideoFrame, times_s: list[float]) -> Facts:
-    if first.colorspace in TAGGED_BT601 or first.colorspace in TAGGED_BT709:
-        matrix = MATRIX_BT709 if first.colorspace in TAGGED_BT709 else MATRIX_BT601
-    else:
-        matrix = MATRIX_BT709 if first.height >= BT709_MIN_HEIGHT else MATRIX_BT601
+def facts_of(container: InputContainer, stream: VideoStream, first: VideoFrame, times_s: list[float]) -> Facts:
+    """Facts from an opened file, its first frame, and the times of all."""
     return Facts(
         demuxer=container.format.name,
         codec=stream.codec_context.name,
@@ -278,12 +279,31 @@ def _facts(container: InputContainer, stream: VideoStream, first: VideoFrame, ti
         colorspace=first.colorspace,
         primaries=first.color_primaries,
         transfer=first.color_trc,
-        matrix=matrix,
+        matrix=matrix_of(first.colorspace, first.height),
         full_range=first.color_range == 2 or first.format.name.startswith("yuvj"),
         nominal_rate=float(stream.average_rate or 0),
         is_first_video=stream.index == container.streams.video[0].index,
         times_s=times_s,
     )
+
+
+def hdr_kind(frame: VideoFrame) -> str:
+    """What of a frame needs more than a matrix to be seen as it was meant, "" for nothing."""
+    if frame.color_trc in HDR_TRANSFERS:
+        return HDR_TRANSFERS[frame.color_trc]
+    if frame.colorspace in NO_PLAIN_MATRIX:
+        return NO_PLAIN_MATRIX[frame.colorspace]
+    is_wide = BT2020 in (frame.colorspace, frame.color_primaries)
+    is_deep = frame.format.components[0].bits > 8
+    # Ten bits of BT.2020 without a transfer curve are HDR that lost its tag far more often than anything else.
+    return "untagged 10-bit BT.2020" if is_wide and is_deep and frame.color_trc in UNTAGGED else ""
+
+
+def matrix_of(colorspace: int, height: int) -> int:
+    """MATRIX_ number for a tag (AVColorSpace), for untagged video by its height."""
+    if colorspace in TAGGED_BT601 or colorspace in TAGGED_BT709:
+        return MATRIX_BT709 if colorspace in TAGGED_BT709 else MATRIX_BT601
+    return MATRIX_BT709 if height >= BT709_MIN_HEIGHT else MATRIX_BT601
 
 
 def _pixel_aspect(ratio: Fraction | None) -> float:
@@ -302,6 +322,7 @@ def _transform(frame: VideoFrame) -> tuple[int, int, int, int]:
     return (0, b or 1, c or 1, 0) if abs(values[1]) > abs(values[0]) else (a or 1, 0, 0, d or 1)
 
 
-def _words(error: Exception) -> str:
+def words_of(error: Exception) -> str:
+    """What FFmpeg says went wrong."""
     text = getattr(error, "strerror", None) or str(error)
     return str(text).lower()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shards.sources import Source
@@ -21,27 +21,44 @@ class SplitRule:
     warnings: tuple[str, ...]
 
 
-def choose_splits(sources: Sequence[Source], val_fraction: float) -> SplitRule:
+def choose_splits(
+    sources: Sequence[Source], val_fraction: float, settled: Mapping[str, tuple[str, ...]] | None = None
+) -> SplitRule:
     """Keep given splits; put the others into train or val by group.
 
     A group goes to val where the hash of its name falls below `val_fraction`: adding files moves no other. So that a
     small data set has both parts, the group with the lowest hash goes to val if none does, and the one with the
     highest to train. A group with a file whose split is given follows that file.
+
+    `settled` is for what is added to a data set: group -> the splits that it is in there already. Such a group stays
+    where it is; the others go by their hash alone.
     """
     given: dict[str, set[str]] = {}
     for source in sources:
-        if source.split is not None:
+        if source.group in (settled or {}):
+            given.setdefault(source.group, set()).update((settled or {})[source.group])
+        elif source.split is not None:
             given.setdefault(source.group, set()).add(source.split)
     free = sorted({source.group for source in sources} - given.keys(), key=_position)
     chosen = {group: "val" if _position(group) < val_fraction * HASH_RANGE else "train" for group in free}
-    used = {split for splits in given.values() for split in splits} | set(chosen.values())
-    if val_fraction > 0 and "val" not in used and len(free) + len(given) >= 2 and free:
-        chosen[free[0]] = "val"
-    if "train" not in used and free:
-        chosen[free[-1]] = "train"
+    if settled is None:
+        used = {split for splits in given.values() for split in splits} | set(chosen.values())
+        if val_fraction > 0 and "val" not in used and len(free) + len(given) >= 2 and free:
+            chosen[free[0]] = "val"
+        if "train" not in used and free:
+            chosen[free[-1]] = "train"
     followed = {group: sorted(splits)[0] for group, splits in given.items()}
     split_of = {source.name: source.split or chosen.get(source.group) or followed[source.group] for source in sources}
     return SplitRule(split_of, _words(sources, chosen, val_fraction), _leaks(given))
+
+
+def leaking(sources: Sequence[Source], settled: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Files given to another split than their group is in already: source name -> what is wrong with that."""
+    return {
+        source.name: f"given to {source.split}, but its group {source.group!r} is in {settled[source.group][0]} already"
+        for source in sources
+        if source.split is not None and source.split not in settled.get(source.group, (source.split,))
+    }
 
 
 def _position(group: str) -> int:

@@ -8,15 +8,27 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pretrain.config import parse
+from tests.s3.conftest import Gateway, gateway
+from tests.shards.conftest import write_video
+
+__all__ = ["gateway"]  # a fixture: the S3 server of the commands with s3://
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
-SHORTER = "model.size=nano data.size=32 train.steps=3 train.global_batch=4 train.micro_batch=2 schedule.warmup_steps=1"
-"""Added to a training command: the same command, less of it."""
+QUICK = {
+    "pretrain": " model.size=nano data.size=32 train.steps=3 train.global_batch=4 train.micro_batch=2"
+    " schedule.warmup_steps=1 eval.num_clips=2",
+    "bench": " --seconds 1",
+}
+"""Added to a command: the same command, less of it."""
 
 
 def blocks(language: str) -> list[str]:
@@ -38,16 +50,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(film, folder)
     shutil.copy(ROOT / "configs" / "clips" / "city_320x180_h264.mp4", home / "videos" / "clip.mp4")
     shutil.copytree(ROOT / "configs", home / "configs")
+    write_video(home / "more" / "bars.mp4", num_frames=80)
+    (home / "data" / "others").mkdir(parents=True)
+    with tarfile.open(home / "data" / "others" / "films-000.tar", "w") as tar:
+        for number, film in enumerate(sorted((ROOT / "configs" / "clips").iterdir())):
+            tar.add(film, f"{number:03d}{film.suffix}")
     return home
 
 
-def run(line: str, home: Path) -> subprocess.CompletedProcess[str]:
+def run(line: str, home: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     words = [word.replace("~", str(home)) for word in shlex.split(line)]
     assert words[0] == "tubelet"
     return subprocess.run(
         [sys.executable, "-m", "launch.cli", *words[1:]],
         cwd=home,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -55,12 +72,11 @@ def run(line: str, home: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_in_their_order(home: Path) -> None:
+def test_the_commands_in_their_order(home: Path, gateway: Gateway) -> None:
     lines = commands("tubelet")
     assert [line.split()[1] for line in lines[:3]] == ["pack", "pretrain", "report"]
     for line in lines:
-        extra = f" {SHORTER} eval.num_clips=2" if line.split()[1] == "pretrain" else ""
-        done = run(line + extra, home)
+        done = run(line + QUICK.get(line.split()[1], ""), home, gateway.environment())
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (home / "runs" / "laptop" / "report.html").stat().st_size > 10_000
     assert (home / "filled-in.mp4").stat().st_size > 1000
@@ -89,6 +105,17 @@ def test_the_python_uses_what_the_commands_made(home: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_yaml_is_a_valid_config() -> None:
+    plain = yaml.safe_load((ROOT / "configs" / "laptop.yaml").read_text())
+    (block,) = blocks("yaml")
+    config, problems = parse(
+        {**plain, "run": {"dir": "runs/x"}, "data": {"size": 112, **yaml.safe_load(block)["data"]}}
+    )
+    assert problems == []
+    assert config is not None
+    assert len(config.data.sources) == 2
 
 
 def test_make_targets_exist() -> None:

@@ -1,62 +1,43 @@
-"""One video of a micro batch: read it, decode it, fill its rows; or find out that it cannot be used and take another.
+"""One video of a micro batch: decode what was read, fill its rows; or find out that it cannot be used and take another.
 
 Runs in background threads, several videos at a time. Which frames and which crop are taken was settled by arithmetic
 before (clip.py); what is settled here is only whether the sample can be used at all.
 
-Legend: B clips of a micro batch, T frames, N bytes per frame, U different frames of a video.
+Legend: C clips of a video, T frames, U different frames of a video.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.config import DataConfig
 from pretrain.data.clip import ClipPlan, plan_clip
-from pretrain.data.decode import Frames, VideoFacts
-from pretrain.data.pool import DecoderPool, PoolClosedError, Request
-from pretrain.ledger import Journal, JournalRow
+from pretrain.data.decode import VideoFacts
+from pretrain.data.pool import DecoderPool, Request
+from pretrain.data.rows import Rows, Video
+from pretrain.data.threads import Threads
+from pretrain.journal import Journal, JournalRow
+from shards.dataset import DataSet
 from shards.errors import SampleError
-from shards.order import FILLER, substitute
-from shards.reader import SplitReader
+from shards.layout import SOURCE_SHIFT
+
+TRANSIENT = ("io",)
+"""Reasons that may have passed by the next epoch: such a sample is tried again, any other is not."""
+WITHDRAWN = "withdrawn"
 
 _FACT_NAMES = ("num_frames", "height", "width", "grid", "matrix", "full_range")
 
-BLACK_2X2 = np.array([16, 16, 16, 16, 128, 128], dtype=np.uint8)
-"""A black I420 frame of 2x2 pixels: what filler clips show."""
-
-
-@dataclass(frozen=True)
-class Video:
-    """One position of a micro batch, and the rows of the batch that its clips fill."""
-
-    position: int
-    epoch: int
-    wanted: int
-    rows: tuple[int, ...]
-    draws: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A micro batch in the making; each thread fills rows of its own."""
-
-    planes_BTN: NDArray[np.uint8]
-    facts_B: NDArray[np.void]
-    """All else that a ClipBatch says of a clip, one structured row each."""
+Content = Future[bytes | SampleError]
+"""The bytes of a sample, or why there are none; on their way."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What became of a Video. Its rows are filled, unless its frames were too large for them."""
+    """What became of a Video. Its rows are filled."""
 
     sample: int | None
     """None: too many samples failed in a row."""
@@ -65,41 +46,7 @@ class Delivery:
     obeyed: JournalRow | None
     """The journal row that named the sample to begin with."""
     decode_s: float = 0.0
-    num_bytes: int = 0
     num_stride_dropped: int = 0
-    too_large: tuple[NDArray[np.uint8], ...] = ()
-    """The frames [T, N] of each clip if a row of the batch cannot hold them: a substitute may be larger."""
-
-
-def new_rows(num_rows: int, frames: int, frame_bytes: int) -> Rows:
-    """Make rows for a micro batch: every one a filler clip but for its pixels."""
-    fields = [
-        ("height", "i4"),
-        ("width", "i4"),
-        ("crop", "f4", (4,)),
-        ("flip", "?"),
-        ("color", "u1"),
-        ("frame_numbers", "i4", (frames,)),
-        ("position", "i8"),
-        ("epoch", "i8"),
-        ("draw", "i8"),
-        ("wanted", "i8"),
-        ("sample", "i8"),
-        ("checksum", "i8"),
-        ("weight", "f4"),
-    ]
-    facts_B = np.zeros(num_rows, dtype=fields)
-    facts_B["height"] = facts_B["width"] = 2
-    facts_B["crop"] = (0, 0, 2, 2)
-    facts_B["position"] = facts_B["wanted"] = facts_B["sample"] = FILLER
-    return Rows(np.empty((num_rows, frames, frame_bytes), dtype=np.uint8), facts_B)
-
-
-def put_frames(row_TN: NDArray[np.uint8], frames_TN: NDArray[np.uint8]) -> None:
-    """Copy the frames of a clip into its row; the padding is zero, so that batches are equal byte for byte."""
-    num_bytes = frames_TN.shape[1]
-    row_TN[:, :num_bytes] = frames_TN
-    row_TN[:, num_bytes:] = 0
 
 
 class Fetcher:
@@ -110,74 +57,153 @@ class Fetcher:
         data: DataConfig,
         *,
         seed: int,
-        reader: SplitReader,
+        dataset: DataSet,
         pool: DecoderPool,
+        readers: Threads,
         journal: Journal,
         max_bad: int,
     ) -> None:
         self._data = data
         self._seed = seed
-        self._reader = reader
+        self._dataset = dataset
         self._pool = pool
+        self._readers = readers
         self._journal = journal
         self._max_bad = max_bad
+        # Unusable samples met so far, and why; what earlier attempts met counts.
+        self.bad: dict[int, SampleError] = {}
+        # From which position on those that the journal names are not tried; those met here never are.
+        self._avoided_from: dict[int, int] = {}
 
-    def fetch(self, video: Video, rows: Rows) -> Delivery:
-        """Fill the rows of a video with its sample, else with the first substitute that can be used."""
-        failures: list[tuple[int, SampleError]] = []
-        obeyed = self._journal.find(video.position)
-        for sample in self._candidates(video, obeyed):
+    def learn(self, rows: list[JournalRow]) -> None:
+        """Take over what journal rows say of samples: one that proved unusable is not tried again.
+
+        That holds behind the last row. Before it, a position without a row is one where the sample was used: before
+        it failed, or by a rank that did not know. Then it is used again, or the run would not be what it was.
+        """
+        behind = 1 + max((row.position for row in rows), default=-1)
+        for row in rows:
+            is_ours = row.wanted >> SOURCE_SHIFT < self._dataset.num_sources  # else of a start with other data
+            is_news = row.wanted not in self.bad and row.reason != WITHDRAWN
+            if is_ours and is_news and not self._dataset.is_withdrawn(row.wanted):
+                self._avoided_from[row.wanted] = behind
+                self.bad[row.wanted] = SampleError(row.reason, "found before (journal)")
+
+    def met(self, failed: dict[int, SampleError]) -> None:
+        """Take over what this process met itself: where it is not used from now on, a row will say so."""
+        self.bad.update(failed)
+        for sample in failed:
+            self._avoided_from.pop(sample, None)
+
+    # ------------------------------------------------------------------ reading ahead
+
+    def read(self, videos: list[Video]) -> dict[int, Content]:
+        """Start reading what these videos need, neighbours together: sample -> its bytes to come."""
+        firsts = [(self.first(video), video.position) for video in videos]
+        wanted = dict.fromkeys(sample for sample, position in firsts if self._refused(sample, position) is None)
+        contents: dict[int, Content] = {sample: Future() for sample in wanted}
+        needed_at = {sample: place for place, sample in enumerate(contents)}
+        groups = self._dataset.groups(list(contents))
+        for group in sorted(groups, key=lambda group: min(needed_at[sample] for sample in group)):
+            self._read_group(group, [contents[sample] for sample in group])
+        return contents
+
+    def _read_group(self, samples: list[int], contents: list[Content]) -> None:
+        def call() -> None:
             try:
-                return self._deliver(sample, video, rows, tuple(failures), obeyed)
-            except SampleError as error:
-                failures.append((sample, error))
-            if len(failures) > self._max_bad:
+                found = self._dataset.read_group(samples)
+            except BaseException as error:
+                for content in contents:
+                    content.set_exception(error)
+                raise
+            for content, data in zip(contents, found, strict=True):
+                content.set_result(data)
+
+        def stopped(future: Future[None]) -> None:
+            """The threads were closed before they came to it: nobody may wait for ever."""
+            error = future.exception()
+            for content in contents:
+                if error is not None and not content.done():
+                    content.set_exception(error)
+
+        self._readers.submit(call).add_done_callback(stopped)
+
+    def obeyed(self, video: Video) -> JournalRow | None:
+        """The journal row to obey. One that an attempt wrote under another order (weights to come were changed, the
+        data grew, before a checkpoint got there) says nothing of this video."""
+        row = self._journal.find(video.position)
+        return row if row is not None and row.wanted == video.wanted else None
+
+    def first(self, video: Video) -> int:
+        """The sample to try first: an earlier attempt's substitute is not questioned."""
+        obeyed = self.obeyed(video)
+        return video.wanted if obeyed is None else obeyed.substitute
+
+    def _refused(self, sample: int, position: int) -> SampleError | None:
+        """Why a sample is not even tried at a position."""
+        if self._dataset.is_withdrawn(sample):
+            return SampleError(WITHDRAWN, "withdrawn by tubelet forget")
+        known = self.bad.get(sample)
+        if known is None or known.reason in TRANSIENT or position < self._avoided_from.get(sample, 0):
+            return None
+        return known
+
+    # ------------------------------------------------------------------ one video
+
+    def fetch(
+        self, video: Video, rows: Rows, ahead: int | None = None, content: bytes | SampleError | None = None
+    ) -> Delivery:
+        """Fill the rows of a video with its sample, else with the first substitute that can be used.
+
+        `content` is what was read ahead, of sample `ahead`: a journal row may name another one by now.
+        """
+        failures: list[tuple[int, SampleError]] = []
+        obeyed = self.obeyed(video)
+        first = video.wanted if obeyed is None else obeyed.substitute
+        for sample in self._candidates(video, first):
+            found = self._refused(sample, video.position)
+            if found is None:
+                found = content if content is not None and ahead == sample else self._dataset.read_group([sample])[0]
+            if not isinstance(found, SampleError):
+                try:
+                    return self._deliver(sample, found, video, rows, tuple(failures), obeyed)
+                except SampleError as error:
+                    found = error
+            # Without its traceback, which holds these rows: failures are kept for as long as the run lasts.
+            failures.append((sample, found.bare()))
+            found = None
+            if sum(error.reason != WITHDRAWN for _, error in failures) > self._max_bad:
                 break
         return Delivery(None, tuple(failures), obeyed)
 
-    def _candidates(self, video: Video, obeyed: JournalRow | None) -> Iterator[int]:
-        """The sample of a position (an earlier attempt's substitute is not questioned), then every other one."""
-        first = video.wanted if obeyed is None else obeyed.substitute
+    def _candidates(self, video: Video, first: int) -> Iterator[int]:
         yield first
-        num_samples = len(self._reader)
-        for attempt in range(num_samples - 1):
-            sample = substitute(self._seed, num_samples, video.position, attempt)
+        for sample in self._dataset.substitutes(video.position, video.wanted):
             if sample != first:
                 yield sample
 
     def _deliver(
         self,
         sample: int,
+        content: bytes,
         video: Video,
         rows: Rows,
         failures: tuple[tuple[int, SampleError], ...],
         obeyed: JournalRow | None,
     ) -> Delivery:
-        record = self._reader.records[sample]
+        record = self._dataset.record(sample)
         facts = VideoFacts(**{name: int(record[name]) for name in _FACT_NAMES})
-        plans = [self._plan(sample, video.epoch, draw, facts) for draw in video.draws]
-        content = self._reader.read(sample)
+        plans = [self._plan(sample, video.epoch, draw, facts, float(record["rate"])) for draw in video.draws]
         numbers_CT = np.stack([plan.frame_numbers_T for plan in plans])
         numbers_U, index_CT = np.unique(numbers_CT, return_inverse=True)
-        index_CT = index_CT.reshape(numbers_CT.shape)
         with self._pool.decoded(Request(content, numbers_U, facts)) as answer:
             if answer.checksum != int(record["checksum"]):
                 raise SampleError("checksum", "the bytes that were decoded are not those of the index")
-            frames_UN = answer.frames.planes_TN
-            fits = frames_UN.shape[1] <= rows.planes_BTN.shape[2]
-            too_large: list[NDArray[np.uint8]] = []
-            for row, index_T in zip(video.rows, index_CT, strict=True):
-                clip_TN = frames_UN if len(index_T) == len(numbers_U) else frames_UN[index_T]
-                if fits:
-                    put_frames(rows.planes_BTN[row], clip_TN)
-                else:
-                    too_large.append(clip_TN.copy())
-        for row, draw, plan in zip(video.rows, video.draws, plans, strict=True):
-            _put_facts(rows.facts_B[row : row + 1], video, draw, plan, sample, answer.checksum, answer.frames)
-        num_dropped = sum(plan.stride < self._data.stride for plan in plans)
-        return Delivery(sample, failures, obeyed, answer.decode_s, len(content), num_dropped, tuple(too_large))
+            rows.fill(video, plans, answer.frames, index_CT.reshape(numbers_CT.shape), sample, answer.checksum)
+        num_dropped = sum(plan.is_dense for plan in plans)
+        return Delivery(sample, failures, obeyed, answer.decode_s, num_dropped)
 
-    def _plan(self, sample: int, epoch: int, draw: int, facts: VideoFacts) -> ClipPlan:
+    def _plan(self, sample: int, epoch: int, draw: int, facts: VideoFacts, rate: float) -> ClipPlan:
         return plan_clip(
             seed=self._seed,
             epoch=epoch,
@@ -192,70 +218,6 @@ class Fetcher:
             short=self._data.short,
             crop_scales=self._data.crop_scales,
             flip=self._data.flip,
+            rate_hz=self._data.rate_hz,
+            rate=rate,
         )
-
-
-def _put_facts(
-    facts_1: NDArray[np.void], video: Video, draw: int, plan: ClipPlan, sample: int, checksum: int, frames: Frames
-) -> None:
-    values = {
-        "height": frames.height,
-        "width": frames.width,
-        "crop": plan.crop,
-        "flip": plan.flip,
-        "color": frames.color,
-        "frame_numbers": plan.frame_numbers_T,
-        "position": video.position,
-        "epoch": video.epoch,
-        "draw": draw,
-        "wanted": video.wanted,
-        "sample": sample,
-        "checksum": checksum,
-        "weight": 1.0,
-    }
-    for name, value in values.items():
-        facts_1[name] = value
-
-
-class FetchThreads:
-    """A few daemon threads that work off calls in order: a read that hangs must not keep the process from ending."""
-
-    def __init__(self, num_threads: int) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Delivery], Callable[[], Delivery]] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=_work, args=(self._calls,), daemon=True) for _ in range(num_threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, call: Callable[[], Delivery]) -> Future[Delivery]:
-        """Queue a call; its result or exception arrives in the future."""
-        future: Future[Delivery] = Future()
-        self._calls.put((future, call))
-        return future
-
-    def close(self) -> None:
-        """Cancel what waits and let the threads end after the call each is in."""
-        with suppress(queue.Empty):
-            while True:  # the threads take from the same queue: it may be empty by the time it is asked
-                entry = self._calls.get_nowait()
-                if entry is not None and entry[0].set_running_or_notify_cancel():
-                    entry[0].set_exception(PoolClosedError())
-        for _ in self._threads:
-            self._calls.put(None)
-
-    def join(self, limit_s: float) -> None:
-        """Wait for the threads to end, but not for a read that hangs."""
-        end_s = time.monotonic() + limit_s
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # a forgotten loader may be collected in any thread
-                thread.join(max(0.0, end_s - time.monotonic()))
-
-
-def _work(calls: queue.SimpleQueue[tuple[Future[Delivery], Callable[[], Delivery]] | None]) -> None:
-    while (entry := calls.get()) is not None:
-        future, call = entry
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-        del entry, future, call  # a finished call must not keep its batch alive while this thread waits

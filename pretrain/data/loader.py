@@ -1,60 +1,45 @@
 """Order -> read -> decode -> batch: the stream of ClipBatches of one rank.
 
-    clip numbers of a micro step (shards.order) ─ index records ─ plans (clip.py)
-        ─ threads: range read, checksum (fetch.py) ─ killable decoders (pool.py) ─ rows of one uint8 tensor
+    clip numbers of a step (shards.order) ─ samples (shards.dataset) ─ threads: range reads, neighbours together
+        ─ threads: plan (clip.py), killable decoders (pool.py) ─ rows of one uint8 tensor (rows.py) ─ ClipBatch
 
 There is no state but the number of global batches handed out: everything else is a function of it (contracts C1 to
 C3). What only the clock or the disk decides, a sample that could not be used, becomes a journal row before the batch
 is handed out, and rows found in the journal are obeyed (contract C6).
 
-Legend: B clips of a micro batch, T frames, N bytes per frame, R clips that are no fillers.
+Legend: B clips of a micro batch, R clips that are no fillers.
 """
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from pretrain.batch import ClipBatch
 from pretrain.config import DataConfig, LimitsConfig
 from pretrain.data.decode import check_decoder
-from pretrain.data.fetch import BLACK_2X2, Delivery, Fetcher, FetchThreads, Rows, Video, new_rows, put_frames
+from pretrain.data.fetch import WITHDRAWN, Content, Delivery, Fetcher
 from pretrain.data.pool import DecoderPool
-from pretrain.ledger import Journal, JournalRow
+from pretrain.data.rows import Rows, Video
+from pretrain.data.source import check_fit, open_dataset
+from pretrain.data.stats import LoaderStats, Totals
+from pretrain.data.threads import Threads
+from pretrain.journal import Journal, JournalRow
 from shards.errors import SampleError, UserError
-from shards.order import FILLER, ORDER_VERSION, clip_places, num_micro_steps, rank_clips, sample_numbers
-from shards.reader import open_split
+from shards.order import FILLER, ORDER_VERSION, clip_places, num_micro_steps, rank_clips
 
 MAX_NAMED = 20
-
-
-@dataclass
-class LoaderStats:
-    """What happened since the last call of `ClipLoader.stats`."""
-
-    wait_s: float = 0.0
-    """Time that `next` waited for a batch."""
-    decode_s: float = 0.0
-    """Time in decoders, summed over workers."""
-    bytes_read: int = 0
-    num_clips: int = 0
-    stride_dropped: int = 0
-    """Clips whose stride was lowered to fit the video (or that loop a short one)."""
-    substituted: Counter[str] = field(default_factory=lambda: Counter[str]())
-    """Positions whose sample was replaced, by reason."""
-    num_respawns: int = 0
-    """Decoder processes that were replaced."""
+NUM_READERS = 16
+"""Reads under way at a time: they wait for storage, not for a processor."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +59,7 @@ class ClipLoader:
     The sequence depends on the data set, the seed, the global batch and the clip settings, and on nothing else: not on
     workers, ranks, micro batch, prefetching, kills or resumes. `micro_batch` defaults to this rank's whole
     share of the global batch. `num_clips` (evaluation) stops after that many clips, counted over all ranks; iterating
-    again then starts over. `split` and `shards` replace those of `data`.
+    again then starts over.
 
     Raises UserError for settings that do not fit the data, a data set that changed, or too many unusable samples.
     Close it, or use it as a context manager: it owns processes.
@@ -89,8 +74,6 @@ class ClipLoader:
         micro_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        split: str | None = None,
-        shards: str | None = None,
         journal: Journal | None = None,
         num_clips: int | None = None,
         limits: LimitsConfig | None = None,
@@ -107,47 +90,59 @@ class ClipLoader:
         self._world_size = world_size
         self._num_clips = num_clips
         self._journal = journal or Journal(None)
-        self._reader = open_split(
-            shards or data.shards,
-            split or data.split,
-            attempt_s=limits.read_attempt_s,
-            deadline_s=limits.read_deadline_s,
+        self._dataset = open_dataset(data, seed=seed, limits=limits)
+        check_fit(
+            data,
+            self._dataset,
+            global_batch=global_batch,
+            micro_batch=self._micro_batch,
+            world_size=world_size,
+            has_cursor=num_clips is None,
         )
-        self.num_samples = len(self._reader)
-        self._check_settings()
         self.num_micro_steps = num_micro_steps(global_batch, self._micro_batch, world_size)
 
-        facts = self._reader.manifest.splits[self._reader.name]
         values_per_pixel = 3.0 if data.decoder == "decord" else 1.5
-        clip_bytes = int(facts.max_pixels * values_per_pixel) * data.frames
+        clip_bytes = int(self._dataset.max_pixels * values_per_pixel) * data.frames
         self._pool = DecoderPool(
             data.workers,
             decoder=data.decoder,
-            slot_bytes=max(facts.max_bytes, clip_bytes * data.clips_per_video),
+            slot_bytes=max(self._dataset.max_bytes, clip_bytes * data.clips_per_video),
             deadline_s=data.decode_deadline_s,
             worker_command=worker_command,
         )
         self._max_bad = max(1, int(data.bad_sample_limit * self.num_samples))
+        self._readers = Threads(NUM_READERS)
         self._fetcher = Fetcher(
-            data, seed=seed, reader=self._reader, pool=self._pool, journal=self._journal, max_bad=self._max_bad
+            data,
+            seed=seed,
+            dataset=self._dataset,
+            pool=self._pool,
+            readers=self._readers,
+            journal=self._journal,
+            max_bad=self._max_bad,
         )
-        # More threads than decoders: while these work, the next videos are on their way.
-        self._threads = FetchThreads(2 * data.workers + 2 if data.workers else 1)
-        self._stop = weakref.finalize(self, _shut_down, self._threads, self._pool)
+        if not self._journal.is_read_only:  # a replay shows what was used, also where it failed at other times
+            self._fetcher.learn(self._journal.rows())
+        # One thread per decoder, and one that copies frames meanwhile.
+        self._threads = Threads(data.workers + 1)
+        self._stop = weakref.finalize(self, _shut_down, self._readers, self._threads, self._pool)
 
-        # Unusable samples met so far, and why; what earlier attempts met counts.
-        self._bad: dict[int, str] = {row.wanted: row.reason for row in self._journal.rows()}
         self._stats = LoaderStats()
-        self._num_respawns_told = 0
+        self._told = self._totals()
         self._micro_index = 0  # micro batches handed out since position 0
         self._under_way: deque[_MicroBatch] = deque()
 
     # ------------------------------------------------------------------ what a user sees
 
     @property
+    def num_samples(self) -> int:
+        """Samples to draw from, over all sources."""
+        return self._dataset.num_samples
+
+    @property
     def manifest_hash(self) -> str:
-        """Hash of the data set's content."""
-        return self._reader.manifest.hash
+        """Hash of the content of all sources."""
+        return self._dataset.manifest_hash
 
     @property
     def worker_pids(self) -> list[int]:
@@ -156,7 +151,7 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[ClipBatch]:
         if self._is_at_end(self._micro_index):
-            self._go_to_step(0)
+            self.go_to_step(0)
         return self
 
     def __next__(self) -> ClipBatch:
@@ -164,7 +159,7 @@ class ClipLoader:
         if self._is_at_end(self._micro_index):
             raise StopIteration
         start_s = time.perf_counter()
-        self._prefetch(1 + self._data.prefetch_steps * self.num_micro_steps)
+        self._prefetch(1 + self._data.prefetch_steps)
         batch = self._assemble(self._under_way[0])
         self._under_way.popleft()
         self._micro_index += 1
@@ -181,23 +176,20 @@ class ClipLoader:
         return {
             "position": position,
             "seed": self._seed,
-            "manifest_hash": self.manifest_hash,
             "order_version": ORDER_VERSION,
             "journal_digest": self._journal.digest(position),
+            **self._dataset.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` says. Nothing that is finished is read again.
 
         The journal's digest is evidence for the audit and no gate: rows before the position are done with, and a
-        rank that died late may have added some. Raises UserError if the state is of another data set, seed or order,
-        or not at the beginning of a step.
+        rank that died late may have added some. A data set that grew by appending is taken over at its next epoch,
+        and the journal says so. Raises UserError if the state is of another data set, seed or order, or not at the
+        beginning of a step.
         """
-        for key, ours in (
-            ("order_version", ORDER_VERSION),
-            ("manifest_hash", self.manifest_hash),
-            ("seed", self._seed),
-        ):
+        for key, ours in (("order_version", ORDER_VERSION), ("seed", self._seed)):
             if state[key] != ours:
                 raise UserError(
                     f"the saved data state has {key} {state[key]!r}, this loader {ours!r}; they must be equal: "
@@ -209,14 +201,27 @@ class ClipLoader:
                 f"the saved data state is at position {state['position']}; it must be a multiple of "
                 f"{self._positions_per_step} (global batch / clips_per_video): go on with the global batch of that run"
             )
-        self._go_to_step(step)
+        self.go_to_step(step)
+        settled = self._dataset.go_on(state, state["position"], self._journal.growth())
+        if self._rank == 0:
+            self._journal.add_growth(settled)
+
+    def go_to_step(self, step: int) -> None:
+        """Hand out the batches of this step next, whichever came before."""
+        for micro in self._under_way:
+            for delivery in micro.deliveries:
+                delivery.cancel()
+        self._under_way.clear()
+        self._micro_index = step * self.num_micro_steps
 
     def stats(self) -> LoaderStats:
         """Return what happened since the last call."""
         stats, self._stats = self._stats, LoaderStats()
-        stats.num_respawns = self._pool.num_respawns - self._num_respawns_told
-        self._num_respawns_told += stats.num_respawns
-        return stats
+        told, self._told = self._told, self._totals()
+        return stats.since(told, self._told)
+
+    def _totals(self) -> Totals:
+        return Totals.now(self._pool.num_respawns, self._dataset.cache_counters)
 
     def close(self) -> None:
         """End all workers and threads. The loader cannot be used afterwards."""
@@ -240,22 +245,30 @@ class ClipLoader:
         step = micro_index // self.num_micro_steps
         return self._num_clips is not None and step * self._global_batch >= self._num_clips
 
-    def _go_to_step(self, step: int) -> None:
-        for micro in self._under_way:
-            for delivery in micro.deliveries:
-                delivery.cancel()
-        self._under_way.clear()
-        self._micro_index = step * self.num_micro_steps
-
-    def _prefetch(self, num_under_way: int) -> None:
-        """Start micro batches until that many are under way."""
-        while len(self._under_way) < num_under_way:
-            micro_index = self._micro_index + len(self._under_way)
-            if self._is_at_end(micro_index):
+    def _prefetch(self, num_steps: int) -> None:
+        """Start whole steps until that many are under way, the one that is being handed out among them."""
+        first_step = self._micro_index // self.num_micro_steps
+        for step in range(first_step, first_step + num_steps):
+            first_micro = step * self.num_micro_steps
+            if self._is_at_end(first_micro):
                 return
-            self._under_way.append(self._start(*divmod(micro_index, self.num_micro_steps)))
+            if first_micro >= self._micro_index + len(self._under_way):
+                self._under_way.extend(self._start(step))
 
-    def _start(self, step: int, micro_step: int) -> _MicroBatch:
+    def _start(self, step: int) -> list[_MicroBatch]:
+        """Begin to read and decode this rank's share of a step, neighbours in one read over all micro batches."""
+        videos = [self._videos(step, micro_step) for micro_step in range(self.num_micro_steps)]
+        contents = self._fetcher.read([video for of_micro in videos for video in of_micro])
+        started: list[_MicroBatch] = []
+        for micro_step, of_micro in enumerate(videos):
+            frame_bytes = max([self._frame_bytes(video.wanted) for video in of_micro], default=0)
+            rows = Rows.make(self._micro_batch, self._data.frames, frame_bytes)
+            deliveries = [self._deliver(video, rows, contents) for video in of_micro]
+            started.append(_MicroBatch(step, micro_step, rows, of_micro, deliveries))
+        return started
+
+    def _videos(self, step: int, micro_step: int) -> list[Video]:
+        """The positions of a micro batch, and which of its rows they fill."""
         clips_B = rank_clips(
             step,
             micro_step,
@@ -268,21 +281,35 @@ class ClipLoader:
             clips_B = np.where(clips_B < self._num_clips, clips_B, FILLER)
         position_B, draw_B = clip_places(clips_B, self._data.clips_per_video)
         real_R = np.flatnonzero(clips_B != FILLER)
-        epoch_R, sample_R = sample_numbers(self._seed, self.num_samples, position_B[real_R])
+        epoch_R, sample_R = self._dataset.places(position_B[real_R])
         videos: list[Video] = []
         for position in dict.fromkeys(position_B[real_R].tolist()):
             mine = np.flatnonzero(position_B[real_R] == position)
-            rows_of_video = real_R[mine]
-            draws = tuple(draw_B[rows_of_video].tolist())
+            rows = real_R[mine]
             epoch, wanted = int(epoch_R[mine[0]]), int(sample_R[mine[0]])
-            videos.append(Video(position, epoch, wanted, tuple(rows_of_video.tolist()), draws))
-        frame_bytes = max([self._frame_bytes(video.wanted) for video in videos], default=BLACK_2X2.size)
-        rows = new_rows(len(clips_B), self._data.frames, frame_bytes)
-        deliveries = [self._threads.submit(partial(self._fetcher.fetch, video, rows)) for video in videos]
-        return _MicroBatch(step, micro_step, rows, videos, deliveries)
+            videos.append(Video(position, epoch, wanted, tuple(rows.tolist()), tuple(draw_B[rows].tolist())))
+        return videos
+
+    def _deliver(self, video: Video, rows: Rows, contents: dict[int, Content]) -> Future[Delivery]:
+        """Have a video decoded as soon as its bytes are there: one that is late holds up no other."""
+        delivery: Future[Delivery] = Future()
+        first, threads, fetch = self._fetcher.first(video), self._threads, self._fetcher.fetch
+
+        def go_on(content: Content) -> None:
+            error = content.exception()
+            if error is None:
+                threads.submit(partial(fetch, video, rows, first, content.result()), delivery)
+            elif delivery.set_running_or_notify_cancel():
+                delivery.set_exception(error)
+
+        if first in contents:
+            contents[first].add_done_callback(go_on)
+        else:
+            threads.submit(partial(fetch, video, rows), delivery)
+        return delivery
 
     def _frame_bytes(self, sample: int) -> int:
-        record = self._reader.records[sample]
+        record = self._dataset.record(sample)
         pixels = (int(record["height"]) & ~1) * (int(record["width"]) & ~1)
         return pixels * 3 if self._data.decoder == "decord" else pixels * 3 // 2
 
@@ -298,68 +325,41 @@ class ClipLoader:
 
     def _assemble(self, micro: _MicroBatch) -> ClipBatch:
         """Wait for all clips of a micro batch, write down what was replaced, and make the batch."""
-        deliveries: list[Delivery] = []
         for video, future in zip(micro.videos, micro.deliveries, strict=True):
             delivery = self._wait_for(future)
-            row = self._journal.find(video.position)
+            row = self._fetcher.obeyed(video)
             if row is not None and row != delivery.obeyed and row.substitute != delivery.sample:
                 # Another clip of this video was replaced while this one was under way: they stay together.
                 delivery = self._fetcher.fetch(video, micro.rows)
             self._write_down(video, delivery)
-            deliveries.append(delivery)
-        planes_BTN, facts_B = micro.rows.planes_BTN, micro.rows.facts_B
-        largest = max((clip.shape[1] for d in deliveries for clip in d.too_large), default=0)
-        if largest:
-            planes_BTN = np.pad(planes_BTN, ((0, 0), (0, 0), (0, largest - planes_BTN.shape[2])))
-            for video, delivery in zip(micro.videos, deliveries, strict=True):
-                for row, clip_TN in zip(video.rows, delivery.too_large, strict=False):
-                    put_frames(planes_BTN[row], clip_TN)
-        for row in np.flatnonzero(facts_B["sample"] == FILLER):
-            put_frames(planes_BTN[row], np.tile(BLACK_2X2, (self._data.frames, 1)))
         self._stats.num_clips += sum(len(video.rows) for video in micro.videos)
-
-        def column(name: str) -> torch.Tensor:
-            return _tensor(facts_B[name].copy())
-
-        return ClipBatch(
-            step=micro.step,
-            micro_step=micro.micro_step,
-            planes_BTN=_tensor(planes_BTN),
-            height_B=column("height"),
-            width_B=column("width"),
-            crop_B4=column("crop"),
-            flip_B=column("flip"),
-            color_B=column("color"),
-            frame_numbers_BT=column("frame_numbers"),
-            position_B=column("position"),
-            epoch_B=column("epoch"),
-            draw_B=column("draw"),
-            wanted_B=column("wanted"),
-            sample_B=column("sample"),
-            checksum_B=column("checksum"),
-            weight_B=column("weight"),
-        )
+        return micro.rows.to_batch(micro.step, micro.micro_step)
 
     def _write_down(self, video: Video, delivery: Delivery) -> None:
         """Turn what the clock and the disk decided into a journal row, before anybody sees the pixels."""
         self._stats.decode_s += delivery.decode_s
-        self._stats.bytes_read += delivery.num_bytes
         self._stats.stride_dropped += delivery.num_stride_dropped
-        if delivery.obeyed is not None:
-            self._bad.setdefault(delivery.obeyed.wanted, delivery.obeyed.reason)
-        self._bad.update((sample, str(error)) for sample, error in delivery.failures)
-        if delivery.sample is None or len(self._bad) > self._max_bad:
-            self._refuse()
-        if delivery.failures:
+        failed = {sample: error for sample, error in delivery.failures if error.reason != WITHDRAWN}
+        is_news = not failed.keys() <= self._bad.keys()
+        self._fetcher.met(failed)
+        if delivery.sample is not None and delivery.failures:
             reason = delivery.failures[0][1].reason
             self._journal.add(JournalRow(video.position, video.wanted, delivery.sample, reason))
             self._stats.substituted[reason] += 1
         elif delivery.obeyed is not None:
             self._stats.substituted[delivery.obeyed.reason] += 1
+        if is_news:
+            self._fetcher.learn(self._journal.of_all_ranks())  # the limit is for the run, not for a rank
+        if delivery.sample is None or len(self._bad) > self._max_bad:
+            self._refuse()
+
+    @property
+    def _bad(self) -> dict[int, SampleError]:
+        return self._fetcher.bad
 
     def _refuse(self) -> NoReturn:
         """Stop the run: too much of the data set cannot be used."""
-        named = [f"{self._name(sample)} ({reason})" for sample, reason in sorted(self._bad.items())[:MAX_NAMED]]
+        named = [f"{self._dataset.name(sample)} ({self._bad[sample]})" for sample in sorted(self._bad)[:MAX_NAMED]]
         if len(self._bad) > MAX_NAMED:
             named.append(f"and {len(self._bad) - MAX_NAMED} more")
         raise UserError(
@@ -368,54 +368,17 @@ class ClipLoader:
             f"the data set and pack it anew, or raise the limit. Unusable: {'; '.join(named)}"
         )
 
-    def _name(self, sample: int) -> str:
-        try:
-            return f"{self._reader.name} sample {sample} {self._reader.key(sample)!r}"
-        except (SampleError, UserError):  # its tar may be what is broken
-            return f"{self._reader.name} sample {sample}"
-
-    # ------------------------------------------------------------------ settings
-
-    def _check_settings(self) -> None:
-        data, batch = self._data, self._global_batch
-        facts = self._reader.manifest.splits[self._reader.name]
-        problems: list[str] = []
-        if self.num_samples < 1:
-            problems.append(f"split {self._reader.name!r} has no samples; it must have one: pack videos into it")
-        elif data.short == "reject" and facts.max_frames < data.frames:
-            problems.append(
-                f"data.frames is {data.frames}; the longest video of split {self._reader.name!r} has "
-                f"{facts.max_frames}: take fewer frames, pack longer videos, or set data.short to loop"
-            )
-        has_cursor = self._num_clips is None
-        whole_videos = {
-            "train.global_batch": (batch, has_cursor),  # the cursor counts positions
-            "train.micro_batch": (self._micro_batch, self._world_size > 1),  # one rank decides about a position
-        }
-        for name, (value, must_be_whole) in whole_videos.items():
-            if value < 1 or (must_be_whole and value % data.clips_per_video):
-                problems.append(
-                    f"{name} is {value}; it must be a positive multiple of data.clips_per_video "
-                    f"({data.clips_per_video}): the clips of a video stay together"
-                )
-        if has_cursor and self._world_size > batch:
-            problems.append(f"there are {self._world_size} ranks; train.global_batch ({batch}) must be at least that")
-        if problems:
-            raise UserError("\n".join(problems))
-
 
 def _default_micro_batch(global_batch: int, world_size: int, clips_per_video: int) -> int:
     """The whole share of a rank, in whole videos."""
     return -(-global_batch // (world_size * clips_per_video)) * clips_per_video
 
 
-def _tensor(array: NDArray[Any]) -> torch.Tensor:
-    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]  # its argument is untyped in torch
-
-
-def _shut_down(threads: FetchThreads, pool: DecoderPool) -> None:
+def _shut_down(readers: Threads, threads: Threads, pool: DecoderPool) -> None:
     try:
+        readers.close()
         threads.close()
     finally:
         pool.close()
-    threads.join(limit_s=2.0)
+    readers.join(limit_s=1.0)
+    threads.join(limit_s=1.0)

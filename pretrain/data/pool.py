@@ -34,6 +34,8 @@ from shards.errors import SampleError, UserError
 
 WORKER_COMMAND = (sys.executable, "-m", "pretrain.data.worker")
 _START_DEADLINE_S = 120.0
+VIDEOS_PER_PROCESS = 5000
+"""A codec library that leaks loses its memory with its process: a fresh one takes over after so many videos."""
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _ROOT = Path(__file__).parents[2]
 
@@ -95,7 +97,8 @@ class DecoderPool:
     @property
     def num_respawns(self) -> int:
         """Processes started in place of one that was killed or died."""
-        return sum(max(0, d.num_starts - 1) for d in self._decoders if isinstance(d, _DecodeProcess))
+        processes = [d for d in self._decoders if isinstance(d, _DecodeProcess)]
+        return sum(max(0, d.num_starts - 1 - d.num_planned) for d in processes)
 
     @property
     def pids(self) -> list[int]:
@@ -154,11 +157,18 @@ class _DecodeProcess:
         self._starting = threading.Lock()  # between a start and `close`
         self._is_closed = False
         self.process: subprocess.Popen[bytes] | None = None
+        self._num_videos = 0  # by the process that runs now
         self.num_starts = 0
+        self.num_planned = 0
+        """Ends that were no fault."""
 
     def decode(self, request: Request) -> Answer:
         with self._busy:
+            if self._num_videos >= VIDEOS_PER_PROCESS:
+                self._kill()
+                self.num_planned += 1
             answer = self._ask(request)
+            self._num_videos += 1
         if "error" in answer:
             raise SampleError(answer["error"], answer["detail"])
         planes_N = np.frombuffer(self._slot, dtype=np.uint8, count=answer["num_bytes"])
@@ -218,6 +228,7 @@ class _DecodeProcess:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous)
             self.num_starts += 1
+            self._num_videos = 0
         try:
             ready = _read_line(process, _START_DEADLINE_S)
         except (EOFError, TimeoutError):

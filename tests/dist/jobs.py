@@ -157,6 +157,16 @@ def not_finite(*, stage: int, precision: str) -> list[bool]:
     return [*applied, engine.step(made_up_batches(1, engine, 4, 2), lr=1e-3).is_applied]
 
 
+def gather_numbers() -> list[dict[str, float]]:
+    """Each rank tells a number of its own, under names that differ in number and length, amid a pending round."""
+    world, agreement = world_from_environment(), Agreement(60)
+    pending = agreement.start_maximum(world.rank)
+    mine = {"wait_s": 0.1 + world.rank, **{f"substituted/reason {index}": index for index in range(world.rank)}}
+    everyone = agreement.gather(mine)
+    assert pending.result() == world.size - 1
+    return everyone
+
+
 def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
     world, agreement = world_from_environment(), Agreement(300)
     if world.is_first:

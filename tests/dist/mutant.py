@@ -7,30 +7,30 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data import loader
 from pretrain.train import main
+from shards.dataset import DataSet
 from shards.reader import SplitReader
 
 kind = sys.argv[1]
-right = loader.sample_numbers
+right = DataSet.places
 
 FIRST = 4
 """Position that the mutants touch first."""
 
 
-def wrong(seed: int, num_samples: int, positions_K: Any) -> Any:
-    epoch_K, sample_K = right(seed, num_samples, positions_K)
+def wrong(self: DataSet, positions_K: Any) -> Any:
+    epoch_K, sample_K = right(self, positions_K)
     if kind == "repeats":  # one sample twice, another never
-        sample_K = np.where(positions_K == FIRST, right(seed, num_samples, positions_K - 1)[1], sample_K)
+        sample_K = np.where(positions_K == FIRST, right(self, positions_K - 1)[1], sample_K)
     elif kind == "swaps":  # two neighbours change places
         swapped_K = np.where(positions_K == FIRST, FIRST + 1, np.where(positions_K == FIRST + 1, FIRST, positions_K))
-        epoch_K, sample_K = right(seed, num_samples, swapped_K)
+        epoch_K, sample_K = right(self, swapped_K)
     elif kind == "drops":  # everything after it comes one place early
-        epoch_K, sample_K = right(seed, num_samples, np.where(positions_K >= FIRST, positions_K + 1, positions_K))
+        epoch_K, sample_K = right(self, np.where(positions_K >= FIRST, positions_K + 1, positions_K))
     return epoch_K, sample_K
 
 
-loader.sample_numbers = wrong
+DataSet.places = wrong
 if kind == "delivers other bytes":
     original_init = SplitReader.__init__
 

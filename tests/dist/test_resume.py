@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint import newest
-from pretrain.ledger import Journal, JournalRow
+from pretrain.journal import Journal, JournalRow
 from pretrain.replay import replay_step
 from pretrain.witness import audit_run
 from tests.dist import ranks

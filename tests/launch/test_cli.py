@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import pretrain.downstream.knn
 import pretrain.downstream.reconstruct
 import pretrain.witness
-from launch import cli
+from launch import cli, screen
 from pretrain.audit import AuditResult
 from pretrain.config import load_config
 from shards.errors import UserError
@@ -66,6 +66,27 @@ def test_hint_of_the_report_is_quoted(run_dir: Path) -> None:
     assert next_command(run("report", run_dir)) == ["tubelet", "export", str(run_dir), str(run_dir / "export")]
 
 
+# ------------------------------------------------------------------------------------------------ packing
+
+
+def test_slices_are_packed_and_joined(tmp_path: Path) -> None:
+    words = ("pack", Path("configs/clips").resolve(), tmp_path / "data", "--short-side", 32, "--max-frames", 32)
+    for number in range(2):
+        done = run(*words, "--slice", f"{number}/2", "--shard-bytes", 10_000)
+        assert next_command(done) == ["tubelet", "index", str(tmp_path / "data"), "--merge"]
+        assert "once every slice is packed:" in done.stdout
+    assert next_command(run("index", tmp_path / "data", "--merge"))[1] == "pretrain"
+    assert "every shard and every sample is what was packed" in run("verify", tmp_path / "data").stdout
+    assert next_command(run("verify", tmp_path / "data", "--repair"))[1] == "verify"
+    assert "is packed already" in run(*words, "--slice", "0/2", "--shard-bytes", 10_000).stdout
+    assert "--slice is '2/2'; it must be I/N" in said(run(*words, "--slice", "2/2"))
+
+
+def test_a_stride_and_a_rate_exclude_each_other(tmp_path: Path) -> None:
+    done = run("pack", tmp_path, tmp_path / "data", "--stride", 4, "--for-rate", 8)
+    assert said(done) == "--stride is 4 and --for-rate is 8; they exclude each other: leave one out"
+
+
 # ------------------------------------------------------------------------------------------------ width
 
 
@@ -80,7 +101,7 @@ LINES = ("val: " + 12 * "words ", "  note: " + 12 * "words ", "next: tubelet " +
 def test_results_fit_the_terminal_but_commands_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
-    cli.show({}, False, *LINES)
+    screen.show({}, False, *LINES)
     *folded, last = terminal.getvalue().splitlines()
     assert last == LINES[2]
     assert max(map(len, folded)) <= 40
@@ -91,16 +112,16 @@ def test_results_fit_the_terminal_but_commands_stay_whole(monkeypatch: pytest.Mo
 def test_what_is_no_terminal_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("sys.stdout", pipe := io.StringIO())
-    cli.show({}, False, *LINES)
+    screen.show({}, False, *LINES)
     assert pipe.getvalue().splitlines() == list(LINES)
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
-    cli.show({"a": 50 * "words "}, True, *LINES)
+    screen.show({"a": 50 * "words "}, True, *LINES)
     assert json.loads(terminal.getvalue()) == {"a": 50 * "words "}
 
 
 def test_columns_and_long_words_survive_folding() -> None:
-    assert cli.fold("a     b", 40) == "a     b"
-    assert cli.fold("at /a/path-that/is-longer/than-the/terminal-is here", 24).splitlines() == [
+    assert screen.fold("a     b", 40) == "a     b"
+    assert screen.fold("at /a/path-that/is-longer/than-the/terminal-is here", 24).splitlines() == [
         "at",
         "  /a/path-that/is-longer/than-the/terminal-is",
         "  here",

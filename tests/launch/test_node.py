@@ -11,6 +11,7 @@ import pytest
 
 from launch import node
 from shards.errors import UserError
+from shards.slice import Slice
 
 TWO_NODES = {
     "SLURM_JOB_ID": "12",
@@ -105,3 +106,34 @@ def test_outside_of_srun_it_says_what_to_do() -> None:
     assert done.returncode == 93
     assert "SLURM_PROCID is not set" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "15"}
+
+
+def test_a_slice_comes_from_a_job_array() -> None:
+    assert node.parse_slice("slurm", {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "16"}) == Slice(3, 16)
+    assert node.parse_slice("5/8", {}) == Slice(5, 8)
+    some = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}
+    assert node.parse_slice("slurm/16", some) == Slice(7, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "slurm", "words"),
+    [
+        ("slurm", {}, "SLURM_ARRAY_TASK_ID is not set"),
+        ("slurm/16", {}, "SLURM_ARRAY_TASK_ID is not set"),
+        ("slurm", {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "2"}, "add --slice slurm/N"),
+        ("slurm", {**ARRAY, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "15"}, "add --slice slurm/N"),
+        ("slurm/3", {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "16"}, "must be I/N, counted from 0"),
+        ("slurm/x", {**ARRAY, "SLURM_ARRAY_TASK_COUNT": "16"}, "must be I/N, counted from 0"),
+        ("7", {}, "must be I/N, counted from 0"),
+    ],
+)
+def test_a_slice_that_cannot_be_told(text: str, slurm: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        node.parse_slice(text, slurm)
+
+
+def test_cores_of_a_task() -> None:
+    assert (node.task_cores({"SLURM_CPUS_PER_TASK": "6"}), node.task_cores({})) == (6, 0)

@@ -70,6 +70,8 @@ def train_row(attempt: int, step: int) -> dict[str, Any]:
         "masked_frame/tube": 0.8, "masked_frame/frame": 1.0, "loss/frame_order": 1.9, "frame_order/accuracy": 0.25,
         "frame_order/chance": 0.1429, "frame_order/gated": 0.05, "lr": 1e-3, "grad_norm": None, "step_s": 0.5,
         "clips_per_s": 24.5, "data_wait_fraction": 0.031, "mfu": None, "memory_bytes": 900e6, "gpu_memory_bytes": None,
+        "data_wait_mean_fraction": 0.02, "slowest_rank": 0 if step == 3 else 1, "decode_ms": 12.5, "bytes_read": 4e6,
+        "requests": 32, "cache_hits": 0, "retries": 0, "hedges": 0, "throttled": 0, "substituted/io": int(step == 12),
     }  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_page_tells_the_run(run_dir: Path) -> None:
         "0.61",
         "predicting zero 0.93 · copying 1.12",
         "right, chance 14.3\N{NO-BREAK SPACE}%",
-        "waiting for data 3.1\N{NO-BREAK SPACE}%",
+        "waiting for data 3.1\N{NO-BREAK SPACE}%, mostly for rank 1",
         "2 checkpoints",
         "640 clips checked",
         "1 < 2 & so on",
@@ -118,6 +120,9 @@ def test_page_tells_the_run(run_dir: Path) -> None:
         assert words in page.text, words
     charts = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert {"Masked frame: loss", "Learning rate", "Clips per second", "Memory", "Seconds per step"} <= charts
+    assert {"Waiting for data", "Decoding: milliseconds per clip", "Bytes read, per row"} <= charts
+    assert {"Requests, per row", "Samples replaced, per row"} <= charts
+    assert not {"Storage trouble, per row", "Other incidents, per row"} & charts  # there was none
     assert "Model FLOPs utilisation" not in charts  # unknown hardware: null, so no chart
     assert "Gradient norm" not in charts
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 
 from pretrain.audit import AuditResult, Witness, audit
 from pretrain.batch import ClipBatch
+from pretrain.journal import Journal, JournalRow
 from pretrain.ledger import (
     ROW_DTYPE,
-    Journal,
-    JournalRow,
     Ledger,
     LineageHead,
     Link,
@@ -36,6 +35,31 @@ from pretrain.ledger import (
     row_crc,
     walk_lineage,
 )
+from shards.source import Epoch
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A data set of one source that is nothing but numbers."""
+
+    num_samples: int
+    known: NDArray[np.uint32]
+    expected: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+    def places(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return positions // self.num_samples, self.expected(positions)
+
+    def checksums(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.uint32]]:
+        exists = (samples >= 0) & (samples < self.num_samples)
+        return exists, np.where(exists, self.known[np.where(exists, samples, 0)], 0)
+
+    def epochs(self, begin: int, end: int) -> Iterator[Epoch]:
+        for number in range(begin // self.num_samples, -(-end // self.num_samples)):
+            yield Epoch(0, number, (number + 1) * self.num_samples <= end, self.num_samples)
+
+    def selected(self, source: int, num_rows: int) -> NDArray[np.bool_]:
+        assert source == 0
+        return np.ones(num_rows, np.bool_)
 
 
 @dataclass(frozen=True)
@@ -118,8 +142,7 @@ class Run:
             num_steps=self.saved,
             global_batch=self.global_batch,
             clips_per_video=self.clips_per_video,
-            checksums=self.checksums,
-            expected=self.expected,
+            data=Fake(self.num_samples, self.checksums, lambda positions: self.expected(positions)),
         )
         return audit(self.folder, self.head, witness)
 
@@ -512,7 +535,8 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.M
         head = commit_lineage(folder, (number + 1) * 500, 0, [segment], head)
     assert head is not None
     del rows, position
-    witness = Witness(3000, global_batch, 1, np.zeros(num_samples, np.uint32), lambda p: p % num_samples)
+    data = Fake(num_samples, np.zeros(num_samples, np.uint32), lambda positions: positions % num_samples)
+    witness = Witness(3000, global_batch, 1, data)
     tracemalloc.start()
     result = audit(tmp_path, head, witness)
     peak_bytes = tracemalloc.get_traced_memory()[1]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
+from pretrain.console import Console
 from pretrain.data.loader import LoaderStats
-from pretrain.meter import Meter, peak_flops
+from pretrain.meter import COUNTS, Meter, data_numbers, peak_flops, rank_numbers
 from pretrain.objective import ClipKeys, Pretraining
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,10 +45,75 @@ def test_rates_are_of_training_alone() -> None:
     assert row["clips_per_s"] == 8 / (9 / 4)
     assert row["data_wait_fraction"] == 3 / 9
     assert (row["bytes_read"], row["stride_dropped"], row["substituted/short"]) == (7, 2, 1)
+    assert row["data_wait_max_s"] == 3.0
     assert meter.seconds("eval") == 30
     with meter.step():
         clock.now_s += 5
     assert meter.row(LoaderStats())["step_s"] == 5
+
+
+def test_a_row_tells_of_all_ranks() -> None:
+    """Counts are sums, memory is the fullest rank's, the wait is the slowest rank's, who is named."""
+    clock = Clock()
+    others = [
+        LoaderStats(wait_s=2.5, decode_s=1.0, num_clips=10, bytes_read=100, num_retries=1, num_requests=11),
+        LoaderStats(wait_s=1.0, decode_s=0.4, num_clips=10, bytes_read=50, substituted=Counter(io=2), num_hedges=3),
+    ]
+    meter = make_meter(
+        clock,
+        gather=lambda mine: [mine] + [{**rank_numbers(o), "memory_bytes": 1e18, "gpu_memory_bytes": 0} for o in others],
+    )
+    with meter.step():
+        clock.now_s += 5
+    mine = LoaderStats(wait_s=0.5, decode_s=0.1, num_clips=10, bytes_read=7, substituted=Counter(io=1, died=1))
+    row = meter.row(mine)
+    assert (row["slowest_rank"], row["data_wait_max_s"], row["data_wait_fraction"]) == (1, 2.5, 0.5)
+    assert row["data_wait_mean_fraction"] == pytest.approx(4 / 3 / 5)
+    assert row["decode_ms"] == pytest.approx(1000 * 1.5 / 30)
+    assert (row["bytes_read"], row["retries"], row["requests"], row["hedges"]) == (157, 1, 11, 3)
+    assert (row["substituted/io"], row["substituted/died"]) == (3, 1)
+    assert row["memory_bytes"] == 1e18
+    assert row["gpu_memory_bytes"] is None
+
+
+def test_every_number_of_the_loader_reaches_the_row() -> None:
+    """Each field is given a number of its own; two ranks: sums are twice that."""
+    names = [field.name for field in fields(LoaderStats) if field.name != "substituted"]
+    stats = LoaderStats(**{name: index for index, name in enumerate(names, 1)}, substituted=Counter(short=100))
+    row = data_numbers([rank_numbers(stats)] * 2, 10.0)
+    renamed = {"num_respawns": "decoder_respawns"}
+    for name in set(names) - {"wait_s", "decode_s", "num_clips"}:
+        assert row[renamed.get(name, name.removeprefix("num_"))] == 2 * getattr(stats, name), name
+    assert row["substituted/short"] == 200
+    assert row["data_wait_max_s"] == stats.wait_s
+    assert row["decode_ms"] == 1000 * stats.decode_s / stats.num_clips
+    assert all(isinstance(row[name], int) for name in COUNTS)
+
+
+def test_who_waited_is_null_when_nobody_did() -> None:
+    row = data_numbers([rank_numbers(LoaderStats())] * 3, 4.0)
+    assert row["slowest_rank"] is row["decode_ms"] is None
+    assert (row["data_wait_fraction"], row["data_wait_max_s"], row["requests"]) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("longest", "mean", "words"),
+    [
+        (0.02, 0.01, None),
+        (0.12, 0.11, "  wait 12%"),
+        (0.12, 0.04, "  wait 12% (rank 3)"),
+        (None, None, None),
+    ],
+)
+def test_console_tells_the_wait_and_the_slowest_rank(
+    capsys: pytest.CaptureFixture[str], longest: float | None, mean: float | None, words: str | None
+) -> None:
+    row = {"loss": 1.0, "lr": 1e-4, "clips_per_s": 512.25, "data_wait_fraction": longest, "slowest_rank": 3}
+    Console(is_first=True).step(50, 100000, {**row, "data_wait_mean_fraction": mean})
+    line = capsys.readouterr().out.rstrip("\n")
+    assert line.startswith("step     50/100000  loss 1.0000  lr 1.00e-04  512.2 clips/s")
+    assert line.endswith(words) if words else "wait" not in line
+    assert len(line) < 80
 
 
 def test_section_is_timed_when_it_fails_and_before_the_first_step() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import shards
+from shards import storage
 from shards.errors import UserError
 from shards.pack import PackOptions, PackSummary, pack
 from shards.reader import open_split
@@ -168,7 +169,7 @@ def test_a_truncated_tar(packed: Packed, tmp_path: Path) -> None:
     shutil.copytree(packed[0], tmp_path / "data")
     path = tmp_path / "data" / "val-000000.tar"
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(UserError, match=r"val-000000\.tar has .*cut off or changed after packing.*copy it again"):
+    with pytest.raises(UserError, match=r"val-000000\.tar has .*cut off or changed since.*copy it again"):
         open_split(str(tmp_path / "data"), "val").read(0)
 
 
@@ -240,3 +241,41 @@ def test_a_link_to_an_empty_folder_is_followed(make_video: MakeVideo, tmp_path: 
     pack(tmp_path / "src", tmp_path / "out", SMALL)
     assert (tmp_path / "disk" / "manifest.json").is_file()
     assert (tmp_path / "out").is_symlink()
+
+
+def test_a_data_set_that_cannot_be_written_to(make_video: MakeVideo, packed: Packed, tmp_path: Path) -> None:
+    """A file stands where the folder of parts must be: a mistake that also the superuser cannot write over."""
+    shutil.copytree(packed[0], tmp_path / "data")
+    (tmp_path / "data" / "parts").write_text("mine")
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    before = (tmp_path / "data" / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        pack(tmp_path / "src", tmp_path / "data", SMALL, append=True)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "data" / "manifest.json").read_bytes() == before
+
+
+def test_a_disk_that_fills_up_while_parts_are_joined(
+    make_video: MakeVideo, packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(packed[0], tmp_path / "data")
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    before = (tmp_path / "data" / "manifest.json").read_bytes()
+
+    def full(path: Path, url: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            pack(tmp_path / "src", tmp_path / "data", SMALL, append=True)
+    assert (tmp_path / "data" / "manifest.json").read_bytes() == before
+    assert pack(tmp_path / "src", tmp_path / "data", SMALL, append=True).manifest.history
+
+
+def test_a_manifest_of_another_kind_cannot_grow(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is no manifest of a packed data set"):
+        pack(tmp_path / "src", tmp_path / "data", SMALL, append=True)

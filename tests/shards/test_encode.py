@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.encode import Encoding, Motion, Sample, encode_file, grid_of, inspect, luma_blocks, piece_bounds, turned
+from shards.cadence import grid_of, keep_nearest
+from shards.encode import Encoding, Motion, Sample, encode_file, inspect, luma_blocks, piece_bounds, turned
 from shards.layout import MATRIX_BT601, MATRIX_BT709
 from shards.probe import Limits, Rejected, probe
 
@@ -97,11 +98,38 @@ def test_grid_of() -> None:
     assert [grid_of(stride) for stride in (1, 2, 3, 4, 5, 8, 9, 11, 12, 16)] == [1, 2, 3, 4, 5, 8, 3, 1, 6, 8]
 
 
-def test_a_grid_that_is_not_true_is_not_claimed(make_video: MakeVideo, tmp_path: Path) -> None:
-    path = make_video(tmp_path / "a.mp4", 40, options={"preset": "medium", "x264-params": "bframes=2:b-adapt=0"})
-    assert inspect(path.read_bytes(), 40, grid=4, stride=4)[1] == 0
-    path = make_video(tmp_path / "b.mp4", 40, options={"preset": "medium", "x264-params": "bframes=0"})
-    assert inspect(path.read_bytes(), 40, grid=4, stride=4)[1] == 4
+@pytest.mark.parametrize(
+    ("params", "grid", "fault"),
+    [
+        ("bframes=2:b-adapt=0", 4, "not every frame on the grid of 4 is a reference"),
+        ("bframes=0", 4, "decode otherwise without the frames between"),
+        ("bframes=0", 1, None),
+        ("bframes=3:b-adapt=0:b-pyramid=none:keyint=16:min-keyint=16:scenecut=0", 4, None),
+        ("bframes=3:b-adapt=0:b-pyramid=none:keyint=16:min-keyint=16:scenecut=0", 2, "not every frame"),
+        ("bframes=3:b-adapt=0:b-pyramid=none:keyint=18:min-keyint=18:scenecut=0", 4, "the grid of 4"),
+        ("bframes=3:b-adapt=0:b-pyramid=strict:keyint=16:min-keyint=16:scenecut=0", 2, "grid of 2"),
+    ],
+)
+def test_a_sample_whose_grid_is_not_true_is_refused(
+    make_video: MakeVideo, tmp_path: Path, params: str, grid: int, fault: str | None
+) -> None:
+    path = make_video(tmp_path / "a.mp4", 40, options={"preset": "medium", "x264-params": params})
+    if fault is None:
+        assert inspect(path.read_bytes(), 40, grid=grid, stride=4) > 0
+        return
+    with pytest.raises(Rejected, match=fault) as caught:
+        inspect(path.read_bytes(), 40, grid=grid, stride=4)
+    assert caught.value.reason == "encode"
+
+
+def test_encoding_refuses_a_sample_with_a_false_grid(
+    make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_video(tmp_path / "a.mp4", 40)
+    monkeypatch.setattr("shards.encode._Writer._x264_params", lambda self: "threads=1:bframes=1:b-adapt=0")
+    with pytest.raises(Rejected, match="the grid of 4") as caught:
+        encode(path)
+    assert caught.value.reason == "encode"
 
 
 def test_types_of_the_source_do_not_leak_into_the_grid(make_video: MakeVideo, tmp_path: Path) -> None:
@@ -182,6 +210,65 @@ def test_a_hole_in_the_film_does_not_slow_it(make_video: MakeVideo, tmp_path: Pa
     path = make_video(tmp_path / "a.mkv", 40, rate=25, times=at, time_base=Fraction(1, 1000))
     (sample,) = encode(path)
     assert (sample.num_frames, sample.rate) == (40, 25.0)
+
+
+# Clips of so many frames a second
+
+
+@pytest.mark.parametrize(
+    ("source", "for_rate", "rate", "grid"),
+    [
+        (Fraction(24), 4.0, 24.0, 6),
+        (Fraction(25), 4.0, 24.0, 6),
+        (Fraction(30), 4.0, 28.0, 7),
+        (Fraction(60), 4.0, 28.0, 7),
+        (Fraction(30000, 1001), 5.0, 30000 / 1001, 6),
+        (Fraction(60000, 1001), 5.0, 30000 / 1001, 6),
+        (Fraction(15), 4.0, 12.0, 3),
+        (Fraction(25), 2.0, 16.0, 8),
+        (Fraction(12), 2.5, 10.0, 4),
+        (Fraction(3), 4.0, 3.0, 1),
+    ],
+)
+def test_clips_of_a_rate_find_their_frames_on_the_grid(
+    make_video: MakeVideo, tmp_path: Path, source: Fraction, for_rate: float, rate: float, grid: int
+) -> None:
+    def grey(number: int) -> Any:
+        return np.full((48, 64, 3), 40 + 2 * number, np.uint8)
+
+    path = make_video(tmp_path / "a.mkv", 80, rate=source, frames=grey)
+    (sample,) = encode(path, for_rate=for_rate)
+    assert sample.rate == pytest.approx(rate, rel=1e-6)
+    assert sample.grid == grid
+    assert sample.num_frames == pytest.approx(80 * rate / float(source), abs=1.1)
+    lumas = np.array([mean_yuv(frame)[0] for frame in decode(sample.video).values()])
+    shown = np.round(((lumas - 16) * 255 / 219 - 40) / 2)  # the number of the source frame
+    wanted = np.arange(len(lumas)) * float(source) / rate
+    assert np.abs(shown - wanted).max() <= 1.01
+
+
+@given(st.lists(st.floats(0.005, 0.5), min_size=1, max_size=200), st.floats(1.0, 60.0))
+def test_nearest_frames_are_nearest_and_come_once(gaps_s: list[float], rate: float) -> None:
+    times_s = [0.0, *itertools.accumulate(gaps_s)]
+    kept = keep_nearest(times_s, rate)
+    assert kept == sorted(set(kept))
+    assert kept[0] == 0
+    for number in range(int(times_s[-1] * rate)):
+        nearest_s = min(abs(time_s - number / rate) for time_s in times_s)
+        assert min(abs(times_s[k] - number / rate) for k in kept) == pytest.approx(nearest_s, abs=1e-9)
+
+
+def test_a_slow_stretch_keeps_its_own_rate(make_video: MakeVideo, tmp_path: Path) -> None:
+    """40 frames at 25 a second, then 40 at 10: no frame is shown twice."""
+
+    def at(number: int) -> int:
+        return number * 40 if number < 40 else 1600 + (number - 40) * 100
+
+    path = make_video(tmp_path / "a.mkv", 80, rate=25, times=at, time_base=Fraction(1, 1000))
+    samples = encode(path, for_rate=4.0, max_frames=26)
+    assert samples[0].rate == 24.0
+    assert samples[-1].rate == pytest.approx(10, rel=0.01)
+    assert {sample.grid for sample in samples} == {6}
 
 
 def test_too_few_frames(make_video: MakeVideo, tmp_path: Path) -> None:

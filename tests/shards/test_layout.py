@@ -14,10 +14,12 @@ from shards.layout import (
     Manifest,
     Shard,
     Split,
+    Version,
     group_number,
     index_name,
     sample_key,
     shard_name,
+    spread_name,
 )
 
 NAMES = st.text(alphabet="abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=12)
@@ -78,6 +80,33 @@ def test_a_changed_manifest_is_refused(edit: object, words: str) -> None:
         Manifest.from_json(json.dumps(row), "here/manifest.json")
 
 
+def test_what_is_not_used_leaves_no_trace() -> None:
+    """So that manifests written before there were tags and versions keep their hash."""
+    split = Split("a.index", 1, 2, 2, 2, 4, 5, "h", (Shard("a.tar", 1, 1, "h"),))
+    manifest = Manifest.make(preset="train", labels=("x",), splits={"a": split})
+    assert manifest.hash == "2af002ac5b4af3ef6764527e23d3bdf48861ac49fb9ed3befeeae35fbfc76803"
+    assert "history" not in json.loads(manifest.to_json())
+    assert "tag" not in manifest.to_json()
+
+
+def test_history_and_tags_survive_json() -> None:
+    split = Split(
+        "a.index", 1, 2, 2, 2, 4, 5, "h", (Shard("s3://b/a.tar", 1, 1, "", "etag"), Shard("c.tar", 1, 1, "h"))
+    )
+    old = Manifest.make(preset="train", labels=(), splits={"a": split})
+    new = Manifest.make(preset="train", labels=(), splits={"a": split}, history=(old.version(),))
+    assert Manifest.from_json(new.to_json(), "here") == new
+    assert new.history == (Version(old.hash, {"a": 1}),)
+    assert new.hash != old.hash
+
+
+@pytest.mark.parametrize("name", ["s3://b/a.index", "../a.index", "/a.index"])
+def test_an_index_lies_in_the_folder(name: str) -> None:
+    text = Manifest.make(preset="train", labels=(), splits={"a": Split(name, 1, 2, 2, 2, 4, 5, "h", ())}).to_json()
+    with pytest.raises(UserError, match="outside its folder"):
+        Manifest.from_json(text, "here")
+
+
 @pytest.mark.parametrize("name", ["../other.tar", "/etc/passwd", "a/../../b.tar"])
 def test_a_manifest_that_names_files_outside_is_refused(name: str) -> None:
     split = Split("a.index", 1, 2, 2, 2, 4, 5, "h", (Shard(name, 1, 1, "h"),))
@@ -106,4 +135,12 @@ def test_names() -> None:
     assert shard_name("train", 3) == "train-000003.tar"
     assert sample_key("val", 12) == "val-000000012"
     assert "." not in sample_key("val", 12)
+    assert sample_key("val", 12, "0003-of-0016") == "val-0003-of-0016-000000012"
+    assert index_name("val", "0123456789abcdef") == "val-0123456789ab.index"
     assert group_number("a") != group_number("b")
+
+
+def test_object_stores_get_many_prefixes() -> None:
+    names = [spread_name(shard_name("train", number)) for number in range(2000)]
+    assert all(name[2:] == f"/{shard_name('train', number)}" for number, name in enumerate(names))
+    assert len({name[:2] for name in names}) == 256

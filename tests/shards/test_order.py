@@ -108,7 +108,8 @@ def test_the_order_is_the_one_of_this_version() -> None:
         0.3549278083880676,
         0.4443971441285537,
     ]
-    assert [substitute(0, 10, 5, attempt) for attempt in range(9)] == [3, 8, 9, 1, 4, 7, 5, 6, 0]
+    wanted = int(sample_numbers(0, 10, np.array([5]))[1][0])
+    assert [substitute(0, 10, 5, wanted, attempt) for attempt in range(9)] == [3, 8, 9, 1, 4, 7, 5, 6, 0]
 
 
 @pytest.mark.parametrize("num_samples", [10**9, 2**30 + 1, 10**12, 2**40])
@@ -140,8 +141,8 @@ def test_ranks_and_micro_steps_cut_the_global_batch_exactly(
     assert (num_micro - 1) * micro_batch * world_size < global_batch <= num_micro * micro_batch * world_size
     slices = [
         rank_clips(step, m, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size)
-        for m in range(num_micro)
         for rank in range(world_size)
+        for m in range(num_micro)
     ]
     assert all(len(clips_B) == micro_batch for clips_B in slices)
     together = np.concatenate(slices)
@@ -164,13 +165,13 @@ def test_clips_of_a_video_are_neighbours(clips: list[int], clips_per_video: int)
 @settings(max_examples=50)
 def test_substitutes_are_all_the_others(seed: int, num_samples: int, position: int) -> None:
     _, wanted = sample_numbers(seed, num_samples, np.array([position]))
-    names = [substitute(seed, num_samples, position, attempt) for attempt in range(num_samples - 1)]
+    names = [substitute(seed, num_samples, position, int(wanted[0]), attempt) for attempt in range(num_samples - 1)]
     assert sorted([*names, int(wanted[0])]) == list(range(num_samples))
-    assert names[0] == substitute(seed, num_samples, position, num_samples - 1)
+    assert names[0] == substitute(seed, num_samples, position, int(wanted[0]), num_samples - 1)
 
 
 def test_a_single_sample_has_no_other() -> None:
-    assert substitute(0, 1, 5, 0) == 0
+    assert substitute(0, 1, 5, 0, 0) == 0
     assert sample_numbers(0, 1, np.arange(3))[1].tolist() == [0, 0, 0]
     assert sample_numbers(0, 1, np.arange(3))[0].tolist() == [0, 1, 2]
 
@@ -186,3 +187,71 @@ def test_uniform_is_uniform_and_depends_on_every_argument() -> None:
     for change in ({"epoch": 2}, {"sample": -1}, {"draw": 4}, {"purpose": "flip"}):
         assert not np.isin(uniform(5, **{**keys, **change}, size=50), draws).any()
     assert not np.isin(uniform(6, **keys, size=50), draws).any()
+
+
+@given(
+    seed=seeds,
+    num_samples=st.integers(1, 300),
+    run_length=st.integers(1, 40),
+    epoch=st.integers(0, 50),
+    first_position=st.integers(0, 1000),
+)
+def test_every_epoch_of_runs_holds_every_sample_once(
+    seed: int, num_samples: int, run_length: int, epoch: int, first_position: int
+) -> None:
+    positions_K = first_position + epoch * num_samples + np.arange(num_samples)
+    epoch_K, sample_K = sample_numbers(
+        seed, num_samples, positions_K, run_length=run_length, first_position=first_position, first_epoch=3
+    )
+    assert (epoch_K == epoch + 3).all()
+    assert np.array_equal(np.sort(sample_K), np.arange(num_samples))
+
+
+@pytest.mark.parametrize("num_samples", [100_003, 99_999, 4096])
+@pytest.mark.parametrize("run_length", [2, 8, 64])
+def test_runs_are_neighbours_in_every_epoch(num_samples: int, run_length: int) -> None:
+    """All but the few runs at which an epoch begins or ends, or that r does not divide."""
+    num_epochs = 3
+    positions_K = np.arange(num_epochs * num_samples // run_length * run_length)
+    _, sample_K = sample_numbers(1, num_samples, positions_K, run_length=run_length)
+    is_whole = (np.diff(sample_K.reshape(-1, run_length), axis=1) == 1).all(axis=1)
+    assert (~is_whole).sum() <= 4 * num_epochs
+    starts_K = sample_K.reshape(-1, run_length)[is_whole, 0][: num_samples // run_length - 4]
+    assert abs(np.corrcoef(starts_K[:-1], starts_K[1:])[0, 1]) < 0.1
+
+
+@given(seed=seeds, num_samples=st.integers(1, 60), run_length=st.integers(2, 9), size=st.integers(1, 200))
+def test_runs_over_several_epochs_equal_single_positions(
+    seed: int, num_samples: int, run_length: int, size: int
+) -> None:
+    together = sample_numbers(seed, num_samples, np.arange(size), run_length=run_length)
+    alone = [sample_numbers(seed, num_samples, np.array([p]), run_length=run_length) for p in range(size)]
+    assert together[0].tolist() == [int(epoch[0]) for epoch, _ in alone]
+    assert together[1].tolist() == [int(sample[0]) for _, sample in alone]
+
+
+def test_sources_have_orders_of_their_own() -> None:
+    orders = {tuple(sample_numbers(0, 30, np.arange(30), source=source)[1].tolist()) for source in range(5)}
+    assert len(orders) == 5
+
+
+def test_4096_ranks_own_every_clip_of_a_step_once() -> None:
+    """10^8 samples: neighbours of a run stay with one rank, and no rank needs to know what another does."""
+    num_samples, world_size, micro_batch, run_length, step = 10**8, 4096, 8, 8, 987_654
+    global_batch = world_size * micro_batch * 2
+    owned: list[int] = []
+    num_reads = 0
+    for rank in range(world_size):
+        clips = np.concatenate(
+            [
+                rank_clips(
+                    step, m, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size
+                )
+                for m in range(2)
+            ]
+        )
+        owned += clips.tolist()
+        _, sample_K = sample_numbers(5, num_samples, clips, run_length=run_length)
+        num_reads += 1 + int((np.diff(sample_K) != 1).sum())
+    assert owned == list(range(step * global_batch, (step + 1) * global_batch))
+    assert num_reads <= 1.1 * global_batch / run_length

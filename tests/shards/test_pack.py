@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from shards.errors import UserError
 from shards.manifest import load_manifest
-from shards.pack import PackOptions, PackProgress, PackSummary, pack, shard_ends
+from shards.pack import PackOptions, PackProgress, PackSummary, pack
 from shards.reader import open_split
+from shards.tars import shard_ends
 from shards.verify import verify
 
 MakeVideo = Callable[..., Path]
@@ -50,7 +51,7 @@ def test_what_lies_in_a_packed_folder(packed: Packed) -> None:
     assert manifest == summary.manifest
     assert manifest.labels == ("bunny", "city")
     names = {path.name for path in folder.iterdir()}
-    assert names == {*manifest.file_names(), "manifest.json", "rejected.jsonl"}
+    assert names == {*manifest.file_names(), "manifest.json", "rejected.jsonl", "content.jsonl", "packed.json"}
     assert (folder / "rejected.jsonl").read_text() == ""
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {"train": 7, "val": 4}
     assert manifest.splits["train"].num_frames == 190 + 132
@@ -344,3 +345,59 @@ def test_it_works_where_cores_cannot_be_asked_for(
     make_video(tmp_path / "src" / "a.mp4", 16)
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert pack(tmp_path / "src", tmp_path / "out", replace(SMALL, workers=0)).num_samples == 1
+
+
+def test_duplicates_are_rejected_in_the_order_of_names(make_video: MakeVideo, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    make_video(source / "b.mp4", 16)
+    for name in ("a.mp4", "sub/c.mp4"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source / "b.mp4", source / name)
+    for workers in (1, 3):
+        summary = pack(source, tmp_path / f"out{workers}", replace(SMALL, workers=workers))
+        assert summary.rejected == {"duplicate": 2}
+        rows = [json.loads(line) for line in (tmp_path / f"out{workers}" / "rejected.jsonl").read_text().splitlines()]
+        assert rows == [
+            {"path": "b.mp4", "reason": "duplicate", "detail": "has the same bytes as a.mp4"},
+            {"path": "sub/c.mp4", "reason": "duplicate", "detail": "has the same bytes as a.mp4"},
+        ]
+
+
+def test_a_twin_of_a_file_that_was_rejected_is_no_duplicate(make_video: MakeVideo, tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_text("hello")
+    make_video(tmp_path / "c.mp4", 16)
+    (tmp_path / "films.csv").write_text("path\na.mp4\nb.mp4\nc.mp4\n")
+    assert pack(tmp_path / "films.csv", tmp_path / "out", SMALL).rejected == {"format": 2}
+
+
+def test_content_names_the_sources_of_every_sample(packed: Packed, clips: Path) -> None:
+    rows = [json.loads(line) for line in (packed[0] / "content.jsonl").read_text().splitlines()]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in clips.iterdir()}
+    assert {row["source"]: row["sha256"] for row in rows} == hashes
+    manifest = load_manifest(str(packed[0]))
+    for split in manifest.splits:
+        records = open_split(str(packed[0]), split).records
+        names = [shard.name for shard in manifest.splits[split].shards]
+        places = sorted((names[row["shard"]], int(row["offset"])) for row in records)
+        assert sorted(tuple(place) for row in rows if row["split"] == split for place in row["samples"]) == places
+
+
+def test_a_source_that_changes_while_it_is_copied(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 16)
+
+    def change(progress: PackProgress) -> None:
+        if progress.num_done:
+            with (tmp_path / "src" / "a.mp4").open("ab") as file:
+                file.write(b"more")
+
+    with pytest.raises(UserError, match=r"a\.mp4 was changed while it was packed; .*start again"):
+        pack(tmp_path / "src", tmp_path / "out", replace(SMALL, preset="copy"), change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_packing_for_a_rate(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 60, rate=24)
+    pack(tmp_path / "src", tmp_path / "out", replace(SMALL, for_rate=4.0))
+    record = open_split(str(tmp_path / "out"), "train").records[0]
+    assert record["rate"] / record["grid"] in (4.0, 8.0, 12.0)

@@ -74,9 +74,26 @@ def test_colour_tags(make_video: MakeVideo, tmp_path: Path) -> None:
     assert look(make_video(large, 2, width=64, height=720)).matrix == MATRIX_BT709
 
 
-@pytest.mark.parametrize("transfer", [16, 18])
-def test_hdr_is_rejected(make_video: MakeVideo, tmp_path: Path, transfer: int) -> None:
-    assert reason(make_video(tmp_path / "a.mp4", 4, tags={"color_trc": transfer})) == "hdr"
+@pytest.mark.parametrize(
+    ("pixel_format", "tags", "expected"),
+    [
+        ("yuv420p", {"color_trc": 16}, "hdr"),
+        ("yuv420p", {"color_trc": 18}, "hdr"),
+        ("yuv420p", {"colorspace": 10}, "hdr"),
+        ("yuv420p10le", {"colorspace": 9, "color_primaries": 9}, "hdr"),
+        ("yuv420p10le", {"colorspace": 9, "color_primaries": 9, "color_trc": 14}, None),
+        ("yuv420p", {"colorspace": 9, "color_primaries": 9}, None),
+        ("yuv420p10le", {"colorspace": 1}, None),
+    ],
+)
+def test_hdr_is_rejected(
+    make_video: MakeVideo, tmp_path: Path, pixel_format: str, tags: dict[str, int], expected: str | None
+) -> None:
+    path = make_video(tmp_path / "a.mp4", 4, pixel_format=pixel_format, tags=tags)
+    if expected is None:
+        assert look(path).num_frames == 4
+    else:
+        assert reason(path) == expected
 
 
 def test_rotation_and_flip(make_video: MakeVideo, tmp_path: Path) -> None:

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 
-from shards import storage
+from shards import retry, storage
 from shards.errors import UserError
+from shards.retry import bare
 
 
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A memory file system under memory://, with 1,000 bytes in memory://box/a."""
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     filesystem: Any = fsspec.filesystem("memory")
     filesystem.pipe("/box/a", bytes(range(250)) * 4)
     yield filesystem
@@ -49,9 +52,12 @@ def test_faults_are_tried_again_and_counted(remote: Any, monkeypatch: pytest.Mon
         return real(*arguments, **named)
 
     monkeypatch.setattr(storage, "_call", flaky)
-    before = storage.counters.num_retries
+    before = replace(storage.counters)
     assert storage.read_range("memory://box/a", 0, 2) == b"\x00\x01"
-    assert storage.counters.num_retries - before == 3
+    assert storage.counters.num_retries - before.num_retries == 3
+    assert storage.counters.num_reads - before.num_reads == 4
+    assert storage.counters.num_bytes - before.num_bytes == 2
+    assert storage.counters.num_throttled - before.num_throttled == 1
 
 
 def test_a_short_body_is_asked_for_again(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,3 +131,69 @@ def test_urls() -> None:
     assert storage.join("/", "a") == "/a"
     assert storage.local_path("s3://b/a") is None
     assert storage.local_path("file:///b/a") == Path("/b/a")
+
+
+def test_a_local_file_that_was_written_again(tmp_path: Path) -> None:
+    url = str(tmp_path / "a")
+    storage.write_bytes(url, b"0123")
+    _, tag = storage.size_and_tag(url)
+    assert storage.read_range(url, 1, 2, tag=tag) == b"12"
+    storage.write_bytes(url, b"4567")
+    os.utime(url, ns=(1, 1))
+    with pytest.raises(storage.ChangedObjectError, match="written again"):
+        storage.read_range(url, 1, 2, tag=tag)
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_write_upload_list_remove(tmp_path: Path, remote: Any, scheme: str) -> None:
+    folder = str(tmp_path / "out") if scheme == "local" else "memory://box/out"
+    assert storage.list_files(folder) == []
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 10)
+    storage.upload(source, f"{folder}/deep/b.tar")
+    storage.write_bytes(f"{folder}/a.json", b"{}")
+    storage.write_bytes(f"{folder}/empty", b"")
+    files = storage.list_files(folder)
+    assert [(file.name, file.num_bytes) for file in files] == [("a.json", 2), ("deep/b.tar", 10), ("empty", 0)]
+    assert storage.read_bytes(f"{folder}/deep/b.tar") == b"x" * 10
+    if scheme == "local":
+        assert [file.tag for file in files] == [storage.size_and_tag(f"{folder}/{file.name}")[1] for file in files]
+    storage.remove(f"{folder}/a.json")
+    storage.remove(f"{folder}/a.json")
+    assert [file.name for file in storage.list_files(folder)] == ["deep/b.tar", "empty"]
+
+
+def test_a_failed_local_upload_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 10)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space"):
+        storage.upload(source, str(tmp_path / "out" / "a"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_temporary_files_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".a.tar.1.2.tmp").write_bytes(b"half")
+    (tmp_path / "a.tar").write_bytes(b"whole")
+    assert [file.name for file in storage.list_files(str(tmp_path))] == ["a.tar"]
+
+
+def test_no_secret_of_a_url_in_an_error(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **named: Any) -> Any:
+        raise OSError("cannot reach https://me:canary@host/a?token=canary&x=1 now")
+
+    monkeypatch.setattr(storage, "_call", broken)
+    with pytest.raises(OSError, match=r"memory://box/a: gave up.*https://host/a now") as caught:
+        storage.read_range("memory://me:canary@box/a?key=canary", 0, 5, deadline_s=0.05)
+    assert "canary" not in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("secret", ["canary", "c@nary", "can:ary", "@canary@"])
+def test_a_password_with_odd_letters_is_left_out(secret: str) -> None:
+    told = bare(f"cannot reach 'https://me:{secret}@host/a@b' nor https://host/c@d")
+    assert told == "cannot reach 'https://host/a@b' nor https://host/c@d"

@@ -110,11 +110,10 @@ def test_an_index_that_contradicts_its_manifest_is_found(copy: Path) -> None:
     records = np.fromfile(copy / "train.index", RECORD_DTYPE)[:-1]
     records["label"][0], records["shard"][1] = 99, 99
     records.tofile(copy / "train.index")
-    split = replace(manifest.splits["train"], sha256=sha256(records.tobytes()).hexdigest())
+    split = replace(manifest.splits["train"], num_samples=6, sha256=sha256(records.tobytes()).hexdigest())
     made = Manifest.make(preset="train", labels=manifest.labels, splits={**manifest.splits, "train": split})
     (copy / "manifest.json").write_text(made.to_json())
     text = "\n".join(said(copy))
-    assert "6 rows, but the manifest counts 7 samples" in text
     assert "names a tar that the manifest does not have" in text
     assert "names a label that the manifest does not have" in text
     assert "is not in the index" in text

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,7 +17,9 @@ from numpy.typing import NDArray
 from pretrain import batch
 from pretrain.data import decode
 from pretrain.data.decode import VideoFacts, decode_frames
+from shards.encode import Encoding, Sample, encode_file
 from shards.errors import SampleError
+from shards.probe import Limits, probe
 from shards.reader import open_split
 
 MakeVideo = Callable[..., bytes]
@@ -83,6 +89,97 @@ def test_frames_on_the_grid_of_the_record_are_decoded_alone(
     numbers = numbers_U.tolist()
     assert count_decoded(monkeypatch, video, numbers, on_grid) < 15
     assert count_decoded(monkeypatch, video, numbers, FACTS) > 30
+
+
+@pytest.fixture(scope="module")
+def grid_videos(make_video: MakeVideo) -> list[Sample]:
+    """Two films as packing encodes them, of one group and of two, with the same configuration of the decoder."""
+    return [encode_sample(make_video, num_frames) for num_frames in (40, 97)]
+
+
+def encode_sample(make_video: MakeVideo, num_frames: int, **how: Any) -> Sample:
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(make_video(num_frames=num_frames, **how))
+        file.flush()
+        facts = probe(Path(file.name), Limits(), lambda frame, number: None)
+        (sample,) = encode_file(Path(file.name), facts, Encoding(min_frames=2), Limits(), lambda: None)
+    return sample
+
+
+def facts_of(sample: Sample) -> VideoFacts:
+    return VideoFacts(sample.num_frames, sample.height, sample.width, sample.grid)
+
+
+def test_own_samples_need_no_demuxer_and_come_out_bit_for_bit(
+    grid_videos: list[Sample], decode_everything: Everything, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a demuxer was opened")
+
+    everything = [decode_everything(sample.video) for sample in grid_videos]
+    monkeypatch.setattr(decode.av, "open", forbidden)
+    rng = np.random.default_rng(1)
+    for turn in range(60):  # the decoders that rest between videos are used in turn
+        sample, every_FN = grid_videos[turn % 2], everything[turn % 2]
+        on_grid = np.arange(0, sample.num_frames, 4)
+        numbers_U = np.sort(rng.choice(on_grid, size=rng.integers(1, len(on_grid)), replace=False)).astype(np.int32)
+        assert np.array_equal(
+            decode_frames(sample.video, numbers_U, "pyav", facts_of(sample)).planes_TN, every_FN[numbers_U]
+        )
+    with pytest.raises(AssertionError, match="demuxer"):
+        decode_frames(grid_videos[0].video, np.array([3], np.int32), "pyav", facts_of(grid_videos[0]))
+
+
+def test_a_decoder_that_met_damage_is_not_used_again(grid_videos: list[Sample], decode_everything: Everything) -> None:
+    sample = grid_videos[1]
+    every_FN = decode_everything(sample.video)
+    numbers_U = np.arange(0, 97, 4, dtype=np.int32)
+    rng = np.random.default_rng(2)
+    num_refused = 0
+    for _ in range(60):
+        damaged = bytearray(sample.video)
+        for place in rng.integers(40, len(damaged), size=4):
+            damaged[place] ^= 1 << int(rng.integers(8))
+        try:
+            decode_frames(bytes(damaged), numbers_U, "pyav", facts_of(sample))
+        except SampleError:
+            num_refused += 1
+        assert np.array_equal(
+            decode_frames(sample.video, numbers_U, "pyav", facts_of(sample)).planes_TN, every_FN[numbers_U]
+        )
+    assert num_refused > 0
+
+
+def test_few_decoders_rest(make_video: MakeVideo) -> None:
+    for number in range(decode.MAX_RESTING + 3):
+        sample = encode_sample(make_video, 8, width=64 + 2 * number)
+        decode_frames(sample.video, np.array([0, 4], np.int32), "pyav", facts_of(sample))
+        assert len(decode._open_decoders) <= decode.MAX_RESTING
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_frames_go_where_they_are_wanted(decoder: str, grid_videos: list[Sample]) -> None:
+    sample, numbers_U = grid_videos[0], np.array([0, 4, 8], np.int32)
+    plain = decode_frames(sample.video, numbers_U, decoder, facts_of(sample))
+    memory_N = np.full(plain.planes_TN.size + 5, 77, np.uint8)
+    frames = decode_frames(sample.video, numbers_U, decoder, facts_of(sample), memory_N)
+    assert np.shares_memory(frames.planes_TN, memory_N)
+    assert np.array_equal(frames.planes_TN, plain.planes_TN)
+    assert (memory_N[-5:] == 77).all()
+    with pytest.raises(SampleError, match="room for") as caught:
+        decode_frames(sample.video, numbers_U, decoder, facts_of(sample), memory_N[:100])
+    assert caught.value.reason == "decode"
+
+
+def test_no_memory_is_an_answer(grid_videos: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise av.error.FFmpegError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(decode, "_decode", full)
+    for facts in (facts_of(grid_videos[0]), replace(facts_of(grid_videos[0]), grid=0)):
+        with pytest.raises(SampleError) as caught:
+            decode_frames(grid_videos[0].video, np.array([0], np.int32), "pyav", facts)
+        assert caught.value.reason == "memory"
 
 
 def test_without_a_grid_nothing_is_skipped(make_video: MakeVideo, decode_everything: Everything) -> None:

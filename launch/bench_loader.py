@@ -128,7 +128,7 @@ class LoaderResult:
     def _bad_samples(self) -> Advice | None:
         reasons = Counter[str]()
         for window in self.ours.windows:
-            reasons.update(window.substituted)
+            reasons.update({name: num for name, num in window.substituted.items() if name != "withdrawn"})
         if not reasons:
             return None
         named = ", ".join(f"{num} {reason}" for reason, num in sorted(reasons.items()))

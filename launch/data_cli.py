@@ -25,7 +25,7 @@ def pack(
     preset: Annotated[
         Literal["train", "copy"], typer.Option(help="train: encode for fast clips. copy: keep the bytes.")
     ] = "train",
-    short_side: Annotated[int, typer.Option(min=16, help="Short side in pixels; never enlarged.")] = 256,
+    short_side: Annotated[int, typer.Option(min=32, help="Short side in pixels; never enlarged.")] = 256,
     max_frames: Annotated[int, typer.Option(min=2, help="Frames of a sample: about twice the training span.")] = 128,
     max_rate: Annotated[float, typer.Option(min=1, help="Frames per second at most.")] = 30.0,
     stride: Annotated[

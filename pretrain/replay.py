@@ -72,6 +72,7 @@ def replay_step(run_dir: Path, step: int) -> Replay:
         global_batch=config.train.global_batch,
         micro_batch=1,
         journal=Journal(run_dir / "journal", is_read_only=True),
+        num_clips=(step + 1) * config.train.global_batch,  # the steps behind it are not even begun
         limits=config.limits,
     ) as loader:
         loader.load_state_dict(newest.facts.cursor)

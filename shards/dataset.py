@@ -90,13 +90,7 @@ class DataSet:
     @property
     def selection_hash(self) -> str:
         """Hash over what `where` selects; empty where nothing is left out."""
-        return self._selection_hash([len(source.reader) for source in self._sources])
-
-    def _selection_hash(self, num_rows: Sequence[int]) -> str:
-        """The same over the first rows of each source."""
-        found = [(source.selection, rows) for source, rows in zip(self._sources, num_rows, strict=True)]
-        hashes = [selection.hash_of(rows) for selection, rows in found if selection is not None]
-        return hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else ""
+        return _joined([source.selection.hash for source in self._sources if source.selection is not None])
 
     @property
     def cache_counters(self) -> tuple[int, int]:
@@ -221,7 +215,12 @@ class DataSet:
         rows_then = [
             int(steps[-1][2] or len(source.reader)) for source, steps in zip(self._sources, saved, strict=True)
         ]
-        if (state.get("selection") or "") != self._selection_hash(rows_then):
+        chosen_then = [
+            source.selection.hash_of(rows)
+            for source, rows in zip(self._sources, rows_then, strict=True)
+            if source.selection is not None
+        ]
+        if (state.get("selection") or "") != _joined(chosen_then):
             raise UserError(
                 f"data.where is {self.recipe.where!r}; it selects other samples than when the run was saved (the tars "
                 "in data.shards count too): the order would change: restore the config or the data set, or use "
@@ -300,3 +299,8 @@ class DataSet:
 
     def _locate(self, sample: int) -> tuple[Source, int]:
         return self._sources[sample >> SOURCE_SHIFT], sample & ROW_MASK
+
+
+def _joined(hashes: Sequence[str]) -> str:
+    """One hash over several; empty for none."""
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else ""

@@ -55,11 +55,14 @@ class Destination:
         return json.loads(storage.read_bytes(url)) if storage.exists(url) else None
 
     def check_free(self) -> None:
-        """Raise UserError if there is something already; what an earlier try sent before it was killed is fine."""
+        """Raise UserError if there is something already; what an earlier try sent before it was killed is fine.
+
+        A manifest is not: that data set is whole, and another than the one to be made.
+        """
         if self.is_local:
             taken = self.place.is_dir() and any(self.place.iterdir())
         else:
-            ours = {row["name"] for row in _rows(self.work / UPLOADED_NAME)}
+            ours = {row["name"] for row in self._notes()} - {MANIFEST_NAME}
             taken = any(file.name not in ours for file in storage.list_files(self.url))
         if taken:
             raise UserError(
@@ -80,7 +83,7 @@ class Destination:
         hashes = {shard.name: shard.sha256 for split in manifest.splits.values() for shard in split.shards}
         sizes = {name: (out / name).stat().st_size for name in hashes}
         there = {file.name: (file.num_bytes, file.tag) for file in storage.list_files(self.url)}
-        sent = _sent(self.work)
+        sent = self._sent()
         todo = [name for name in hashes if sent.get(name) != (hashes[name], *there.get(name, (-1, "")))]
         done_bytes = sum(sizes.values()) - sum(sizes[name] for name in todo)
         num_done = len(hashes) - len(todo)
@@ -102,7 +105,7 @@ class Destination:
             pool.shutdown(cancel_futures=True)
         for name in others:
             storage.upload(out / name, storage.join(self.url, name))
-        for name in {row["name"] for row in _rows(self.work / UPLOADED_NAME)}.difference(hashes, others):
+        for name in {row["name"] for row in self._notes()}.difference(hashes, others):
             storage.remove(storage.join(self.url, name))  # sent before the files or options were changed
 
     def _send_one(self, out: Path, name: str, sha256: str) -> str:
@@ -115,13 +118,16 @@ class Destination:
     def _note(self, *rows: dict[str, Any]) -> None:
         """What is about to be sent (its name), and what was (all of it)."""
         with (self.work / UPLOADED_NAME).open("a") as file:  # one write: whole lines also from several threads
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(json.dumps({"to": self.url, **row}) + "\n" for row in rows))
 
+    def _notes(self) -> list[dict[str, Any]]:
+        """Of what was sent here: another URL that ends with the same name has the same working folder."""
+        return [row for row in _rows(self.work / UPLOADED_NAME) if row["to"] == self.url]
 
-def _sent(work: Path) -> dict[str, tuple[str, int, str]]:
-    """(sha256, size, tag) by name, of what was sent from this working folder."""
-    rows = [row for row in _rows(work / UPLOADED_NAME) if "tag" in row]
-    return {row["name"]: (row["sha256"], row["num_bytes"], row["tag"]) for row in rows}
+    def _sent(self) -> dict[str, tuple[str, int, str]]:
+        """(sha256, size, tag) by name, of what was sent from this working folder."""
+        rows = [row for row in self._notes() if "tag" in row]
+        return {row["name"]: (row["sha256"], row["num_bytes"], row["tag"]) for row in rows}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

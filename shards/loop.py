@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from shards.retry import count
 
 SLOW_FACTOR = 3.0
+LATE_S = 10.0
+"""A request that is not given up so long after its limit: the loop is stuck, which keeps the limits."""
 _answered_s: deque[float] = deque(maxlen=64)
 """How long the last good reads took. Only the event loop touches it."""
 
@@ -32,7 +34,10 @@ def on_loop(request: Coroutine[Any, Any, T], limit_s: float) -> T:
     loop: Any = get_loop()
     future = asyncio.run_coroutine_threadsafe(limited(), loop)
     try:
-        return future.result()
+        return future.result(limit_s + LATE_S)
+    except TimeoutError as error:
+        future.cancel()
+        raise TimeoutError(str(error) or f"the event loop does not answer ({limit_s + LATE_S:.3g} s)") from None
     except BaseException:
         future.cancel()
         raise

@@ -40,7 +40,7 @@ from shards.manifest import describe, load_manifest, sort_labels
 from shards.reader import SplitReader
 from shards.rejected import DUPLICATE, LOST, Rejection, read_rejected, rejected_text
 from shards.slice import is_slice, missing_slices
-from shards.summary import split_lines
+from shards.summary import held_out_lines, split_lines
 
 OFFSET_BITS = 40
 """Of a place as one number: tars up to 1 TB, 16 million of them."""
@@ -59,7 +59,7 @@ class MergeSummary:
     def lines(self) -> list[str]:
         """For people."""
         what = f"joined {len(self.parts)} parts" if self.parts else "nothing new to join"
-        lines = [what, *split_lines(self.manifest)]
+        lines = [what, *split_lines(self.manifest), *held_out_lines(self.manifest)]
         if self.manifest.labels:
             lines.append(f"labels: {len(self.manifest.labels)}")
         return lines + [f"warning: {warning}" for warning in self.warnings]

@@ -29,7 +29,7 @@ from shards.layout import PACKED_NAME, REJECTED_NAME, Manifest
 from shards.manifest import build_manifest, load_manifest
 from shards.merge import known_content, merge, settled_groups
 from shards.options import PackOptions
-from shards.rejected import Rejection, rejected_text
+from shards.rejected import DUPLICATE, Rejection, rejected_text
 from shards.slice import Slice
 from shards.sliceplan import check_plan
 from shards.sources import Listing, list_sources
@@ -101,9 +101,12 @@ def pack(
         listing = _list(src, target)
         return _pack_folder(src, _Work(listing, _stage(listing, options)), target, options, report)
     except OSError as error:
+        remedy = "choose another, or free some space"
+        if storage.local_path(url) is None:
+            remedy = f"check the URL and the credentials (AWS_...), make room in {work or 'the current folder'}"
         raise UserError(
-            f"{url} cannot be written ({error}); it must be in a place with room that you may write to: choose "
-            "another, or free some space and start again (finished files are kept)"
+            f"{url} cannot be written ({error}); it must be in a place with room that you may write to: {remedy} and "
+            "start again (finished files are kept)"
         ) from error
 
 
@@ -208,7 +211,7 @@ def _make(
     rejected |= {name: Outcome(reason="leak", detail=detail) for name, detail in leaks.items()}
     hashes = {name: outcome.sha256 for name, outcome in outcomes.items() if not outcome.reason}
     rejected |= {
-        name: Outcome(reason="duplicate", detail=f"has the same bytes as {first}")
+        name: Outcome(reason=DUPLICATE, detail=f"has the same bytes as {first}")
         for name, first in find_duplicates(hashes, made.known or {}).items()
     }
     if len(rejected) == len(sources) and (made.rule is None or made.base):  # a slice may well be empty
@@ -244,9 +247,12 @@ def _nothing_usable(src: Path, rejected: dict[str, Outcome]) -> UserError:
     name, outcome = next(iter(rejected.items()))
     reasons = Counter(outcome.reason for outcome in rejected.values())
     counts = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+    what, remedy = "no usable video", "mend or replace them"
+    if DUPLICATE in reasons:  # the first of several alike is used, so these are in the data set already
+        what, remedy = "nothing new", "nothing was added; name a folder with other files"
     return UserError(
-        f"{src} holds no usable video: all {len(rejected)} files were rejected ({counts}; for example "
-        f"{printable(name)}: {outcome.reason}, {outcome.detail}); mend or replace them"
+        f"{src} holds {what}: all {len(rejected)} files were rejected ({counts}; for example "
+        f"{printable(name)}: {outcome.reason}, {outcome.detail}); {remedy}"
     )
 
 

@@ -51,8 +51,10 @@ def check_plan(url: str, share: Slice, listing: Listing, options: PackOptions) -
 
 
 def _check_empty(url: str) -> None:
+    """Slices that begin at the same moment make `parts` meanwhile; it also stays where a damaged plan was removed."""
     local = storage.local_path(url)
-    is_taken = any(local.iterdir()) if local is not None and local.is_dir() else False
+    names = {path.name for path in local.iterdir()} if local is not None and local.is_dir() else set[str]()
+    is_taken = bool(names - {PARTS_NAME})
     if is_taken or storage.exists(storage.join(url, MANIFEST_NAME)):
         raise UserError(
             f"{url} exists and is not empty; slices begin a data set: choose another folder (to add to one: --append)"

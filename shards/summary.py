@@ -50,11 +50,8 @@ class PackSummary:
             lines[0] += f"; {self.num_ignored_files} other files in the folder are no videos"
         lines += split_lines(self.manifest)
         lines.append(self.split_rule)
-        if "val" not in self.manifest.splits and not self.title:
-            lines.append(
-                "nothing is held out, so training will not evaluate; to hold something out, pack two source files or "
-                "more with --val-fraction above 0, or give splits (folders train/ and val/, or a column split)"
-            )
+        if not self.title:
+            lines += held_out_lines(self.manifest)
         if self.manifest.labels:
             lines.append(f"labels: {len(self.manifest.labels)}")
         if self.rejected:
@@ -73,6 +70,16 @@ def split_lines(manifest: Manifest) -> list[str]:
             f"{split.max_frames} each), {num_bytes / 1e6:.1f} MB in {len(split.shards)} tars"
         )
     return lines
+
+
+def held_out_lines(manifest: Manifest) -> list[str]:
+    """What to say of a data set without a split to evaluate on."""
+    if "val" in manifest.splits:
+        return []
+    return [
+        "nothing is held out, so training will not evaluate; to hold something out, pack two source files or more with "
+        "--val-fraction above 0, or give splits (folders train/ and val/, or a column split)"
+    ]
 
 
 def find_warnings(listing: Listing, rejected: Mapping[str, Outcome], manifest: Manifest) -> Iterator[str]:

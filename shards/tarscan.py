@@ -175,6 +175,9 @@ class _Scan:
         if suffix in VIDEO_SUFFIXES:
             if sample.video is None:
                 self._take_video(sample, member, suffix, stream)
+            else:
+                what = f"{_text(member.name)} is not used: its sample has {_text(sample.video.name)}, which comes first"
+                self._refusals.append(Refusal(_text(key), "second_video", what))
         elif extension in ("cls", "json") and member.kind == "file":
             self._take_words(sample, extension, member, stream)
 

@@ -54,6 +54,11 @@ def read_withdrawals(url: str, *, attempt_s: float = 30.0, deadline_s: float = 3
         data = storage.read_bytes(where, attempt_s=attempt_s, deadline_s=deadline_s)
     except FileNotFoundError:
         return []
+    except PermissionError as error:  # never taken for none
+        raise UserError(
+            f"{storage.bare(where)} cannot be read ({error}); whether samples were withdrawn must be known: get the "
+            "permission to (S3 also says 403 of a file that is not there to whoever lacks s3:ListBucket)"
+        ) from error
     rows: list[Withdrawal] = []
     for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
         try:

@@ -8,7 +8,9 @@ Legend: C clips of a video, T frames, U different frames of a video.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -25,9 +27,12 @@ from shards.dataset import DataSet
 from shards.errors import SampleError
 from shards.layout import SOURCE_SHIFT
 
-TRANSIENT = ("io",)
-"""Reasons that may have passed by the next epoch: such a sample is tried again, any other is not."""
+STORAGE = "io"
 WITHDRAWN = "withdrawn"
+NO_FAULT_OF_THE_SAMPLE = (STORAGE, WITHDRAWN)
+"""Reasons that do not count towards `data.bad_sample_limit`. What storage did may have passed by the next epoch."""
+MAX_TRIES = 1000
+"""At one position. Beyond it nearly everything must be withdrawn."""
 
 _FACT_NAMES = ("num_frames", "height", "width", "grid", "matrix", "full_range")
 
@@ -70,37 +75,36 @@ class Fetcher:
         self._readers = readers
         self._journal = journal
         self._max_bad = max_bad
-        # Unusable samples met so far, and why; what earlier attempts met counts.
         self.bad: dict[int, SampleError] = {}
-        # From which position on those that the journal names are not tried; those met here never are.
-        self._avoided_from: dict[int, int] = {}
+        """Samples that proved unusable, and why, as far as this rank knows: what is compared with the limit."""
+        self._met: set[int] = set()
 
     def learn(self, rows: list[JournalRow]) -> None:
-        """Take over what journal rows say of samples: one that proved unusable is not tried again.
+        """Take over what journal rows say of samples; the limit is for the run, not for a rank or a start.
 
-        That holds behind the last row. Before it, a position without a row is one where the sample was used: before
-        it failed, or by a rank that did not know. Then it is used again, or the run would not be what it was.
+        Such samples are tried again all the same: where a position has no row, its sample was used, before it failed
+        or by a rank that did not know, and must be used again for the run to be the one it was.
         """
-        behind = 1 + max((row.position for row in rows), default=-1)
         for row in rows:
             is_ours = row.wanted >> SOURCE_SHIFT < self._dataset.num_sources  # else of a start with other data
-            is_news = row.wanted not in self.bad and row.reason != WITHDRAWN
+            is_news = row.wanted not in self.bad and row.reason not in NO_FAULT_OF_THE_SAMPLE
             if is_ours and is_news and not self._dataset.is_withdrawn(row.wanted):
-                self._avoided_from[row.wanted] = behind
                 self.bad[row.wanted] = SampleError(row.reason, "found before (journal)")
 
-    def met(self, failed: dict[int, SampleError]) -> None:
-        """Take over what this process met itself: where it is not used from now on, a row will say so."""
+    def met(self, failures: Iterable[tuple[int, SampleError]]) -> bool:
+        """Take over what this process met itself; True if there is news. From now on rows say where it is replaced."""
+        failed = {sample: error for sample, error in failures if error.reason not in NO_FAULT_OF_THE_SAMPLE}
+        is_news = not failed.keys() <= self.bad.keys()
         self.bad.update(failed)
-        for sample in failed:
-            self._avoided_from.pop(sample, None)
+        self._met.update(failed)
+        return is_news
 
     # ------------------------------------------------------------------ reading ahead
 
     def read(self, videos: list[Video]) -> dict[int, Content]:
         """Start reading what these videos need, neighbours together: sample -> its bytes to come."""
-        firsts = [(self.first(video), video.position) for video in videos]
-        wanted = dict.fromkeys(sample for sample, position in firsts if self._refused(sample, position) is None)
+        firsts = [self.first(video) for video in videos]
+        wanted = dict.fromkeys(sample for sample in firsts if self._refused(sample) is None)
         contents: dict[int, Content] = {sample: Future() for sample in wanted}
         needed_at = {sample: place for place, sample in enumerate(contents)}
         groups = self._dataset.groups(list(contents))
@@ -139,14 +143,11 @@ class Fetcher:
         obeyed = self.obeyed(video)
         return video.wanted if obeyed is None else obeyed.substitute
 
-    def _refused(self, sample: int, position: int) -> SampleError | None:
-        """Why a sample is not even tried at a position."""
+    def _refused(self, sample: int) -> SampleError | None:
+        """Why a sample is not even tried."""
         if self._dataset.is_withdrawn(sample):
             return SampleError(WITHDRAWN, "withdrawn by tubelet forget")
-        known = self.bad.get(sample)
-        if known is None or known.reason in TRANSIENT or position < self._avoided_from.get(sample, 0):
-            return None
-        return known
+        return self.bad[sample] if sample in self._met else None
 
     # ------------------------------------------------------------------ one video
 
@@ -160,8 +161,8 @@ class Fetcher:
         failures: list[tuple[int, SampleError]] = []
         obeyed = self.obeyed(video)
         first = video.wanted if obeyed is None else obeyed.substitute
-        for sample in self._candidates(video, first):
-            found = self._refused(sample, video.position)
+        for sample in itertools.islice(self._candidates(video, first), MAX_TRIES):
+            found = self._refused(sample)
             if found is None:
                 found = content if content is not None and ahead == sample else self._dataset.read_group([sample])[0]
             if not isinstance(found, SampleError):
@@ -171,8 +172,12 @@ class Fetcher:
                     found = error
             # Without its traceback, which holds these rows: failures are kept for as long as the run lasts.
             failures.append((sample, found.bare()))
+            reasons = Counter(error.reason for _, error in failures)
+            if reasons[STORAGE] > 1:
+                # Not these samples: storage is away for longer than a read may take. A later start goes on from here.
+                raise OSError(f"storage gave up on two samples in a row: {found}")
             found = None
-            if sum(error.reason != WITHDRAWN for _, error in failures) > self._max_bad:
+            if reasons.total() - reasons[WITHDRAWN] > self._max_bad:
                 break
         return Delivery(None, tuple(failures), obeyed)
 

@@ -27,7 +27,7 @@ import numpy as np
 from pretrain.batch import ClipBatch
 from pretrain.config import DataConfig, LimitsConfig
 from pretrain.data.decode import check_decoder
-from pretrain.data.fetch import WITHDRAWN, Content, Delivery, Fetcher
+from pretrain.data.fetch import Content, Delivery, Fetcher
 from pretrain.data.pool import DecoderPool
 from pretrain.data.rows import Rows, Video
 from pretrain.data.source import check_fit, open_dataset
@@ -121,8 +121,7 @@ class ClipLoader:
             journal=self._journal,
             max_bad=self._max_bad,
         )
-        if not self._journal.is_read_only:  # a replay shows what was used, also where it failed at other times
-            self._fetcher.learn(self._journal.rows())
+        self._fetcher.learn(self._journal.rows())
         # One thread per decoder, and one that copies frames meanwhile.
         self._threads = Threads(data.workers + 1)
         self._stop = weakref.finalize(self, _shut_down, self._readers, self._threads, self._pool)
@@ -339,9 +338,7 @@ class ClipLoader:
         """Turn what the clock and the disk decided into a journal row, before anybody sees the pixels."""
         self._stats.decode_s += delivery.decode_s
         self._stats.stride_dropped += delivery.num_stride_dropped
-        failed = {sample: error for sample, error in delivery.failures if error.reason != WITHDRAWN}
-        is_news = not failed.keys() <= self._bad.keys()
-        self._fetcher.met(failed)
+        is_news = self._fetcher.met(delivery.failures)
         if delivery.sample is not None and delivery.failures:
             reason = delivery.failures[0][1].reason
             self._journal.add(JournalRow(video.position, video.wanted, delivery.sample, reason))
@@ -349,7 +346,7 @@ class ClipLoader:
         elif delivery.obeyed is not None:
             self._stats.substituted[delivery.obeyed.reason] += 1
         if is_news:
-            self._fetcher.learn(self._journal.of_all_ranks())  # the limit is for the run, not for a rank
+            self._fetcher.learn(self._journal.of_all_ranks())
         if delivery.sample is None or len(self._bad) > self._max_bad:
             self._refuse()
 
@@ -359,13 +356,20 @@ class ClipLoader:
 
     def _refuse(self) -> NoReturn:
         """Stop the run: too much of the data set cannot be used."""
+        if not self._bad:
+            raise UserError(
+                f"data.shards has {self.num_samples} samples to draw from, and a thousand in a row were withdrawn; "
+                "there must be others: use another data set, or pack more"
+            )
         named = [f"{self._dataset.name(sample)} ({self._bad[sample]})" for sample in sorted(self._bad)[:MAX_NAMED]]
         if len(self._bad) > MAX_NAMED:
             named.append(f"and {len(self._bad) - MAX_NAMED} more")
+        are_short = any(error.reason == "short" for error in self._bad.values())
+        hint = f', leave short videos out (data.where="num_frames >= {self._data.frames}")' if are_short else ""
         raise UserError(
             f"data.bad_sample_limit is {self._data.bad_sample_limit:g}; at most {self._max_bad} of the "
             f"{self.num_samples} samples may prove unusable, and {len(self._bad)} did: run `tubelet verify` on "
-            f"the data set and pack it anew, or raise the limit. Unusable: {'; '.join(named)}"
+            f"the data set and pack it anew{hint}, or raise the limit. Unusable: {'; '.join(named)}"
         )
 
 

@@ -108,6 +108,55 @@ def test_killed_while_it_sends(clips: Path, here: Path, gateway: Gateway) -> Non
     assert not notes.parent.exists()
 
 
+def test_what_was_begun_for_one_url_overwrites_no_other(
+    clips: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both work in NAME.partial; what the first one sent has the names of what the second URL holds already."""
+    theirs, ours = "s3://films/b/same", "s3://films/a/same"
+    pack(clips / "bbb_320x180_vp9.webm", theirs, SMALL)
+    before = storage.list_files(theirs)
+    upload = storage.upload
+
+    def cut(path: Path, url: str) -> None:
+        if url.endswith("manifest.json"):
+            raise KeyboardInterrupt
+        upload(path, url)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "upload", cut)
+        pack(clips, ours, SMALL)
+    for src in (clips, clips / "city_320x180_h264.mp4"):
+        with pytest.raises(UserError, match="s3://films/b/same exists and is not empty"):
+            pack(src, theirs, SMALL)
+    assert storage.list_files(theirs) == before
+    pack(clips, ours, SMALL)
+    assert verify(ours) == [], "and what was begun goes on"
+
+
+def test_a_whole_data_set_is_never_replaced_by_what_was_begun(
+    clips: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This packing was interrupted; another one, from elsewhere, was finished at that URL since."""
+    url = "s3://films/taken"
+    upload = storage.upload
+
+    def cut(path: Path, to: str) -> None:
+        if to.endswith("manifest.json"):
+            raise KeyboardInterrupt
+        upload(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(storage, "upload", cut)
+        pack(clips, url, SMALL)
+    for file in storage.list_files(url):
+        storage.remove(f"{url}/{file.name}")
+    pack(clips / "bbb_320x180_vp9.webm", url, SMALL, work=here / "elsewhere")
+    before = storage.list_files(url)
+    with pytest.raises(UserError, match="s3://films/taken exists and is not empty"):
+        pack(clips, url, SMALL)
+    assert storage.list_files(url) == before
+
+
 def test_slices_and_more_in_a_store(clips: Path, here: Path) -> None:
     url = "s3://films/slices"
     for number in range(2):
@@ -141,7 +190,7 @@ def test_a_store_is_repaired(clips: Path, here: Path) -> None:
 
 
 def test_a_store_that_says_no(clips: Path, here: Path, aws: Callable[..., None]) -> None:
-    with pytest.raises(UserError, match="s3://nobucket/x") as caught:
+    with pytest.raises(UserError, match=r"s3://nobucket/x.*check the URL and the credentials") as caught:
         pack(clips, "s3://nobucket/x", SMALL)
     assert "\n" not in str(caught.value)
     aws(AWS_SECRET_ACCESS_KEY="wrong")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards import storage
 from shards.dataset import DataSet, Recipe
 from shards.errors import SampleError, UserError
 from shards.growth import Growth
@@ -237,3 +238,23 @@ def test_a_selection_may_not_change_where_a_set_grew(tmp_path: Path) -> None:
     more = DataSet(recipe(f"{url}/train-{{000000..000002..2}}.tar"))  # with a tar that was not there at the time
     more.go_on(state, 3, settled)
     assert more.num_samples == 9
+
+
+def test_a_store_that_fails_amid_a_doubt_costs_the_samples_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few bytes came; whether the tar was exchanged cannot be asked, for the store is gone by now."""
+    dataset = DataSet(recipe(make_set(tmp_path / "a", 10)))
+    dataset.read_group([0])  # the tar is known
+
+    def short(*_: object, **__: object) -> bytes:
+        raise storage.ShortReadError("3 of 7 bytes")
+
+    def gone(*_: object, **__: object) -> tuple[int, str]:
+        raise OSError("gave up after 300 s")
+
+    monkeypatch.setattr(storage, "read_range", short)
+    monkeypatch.setattr(storage, "size_and_tag", gone)
+    for samples in ([1, 2], [7]):  # of a tar that is known, and of one that is not
+        found = dataset.read_group(samples)
+        assert [one.reason for one in found if isinstance(one, SampleError)] == ["io"] * len(samples)

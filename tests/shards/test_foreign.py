@@ -67,6 +67,7 @@ def tars(tmp_path: Path, videos: dict[str, bytes]) -> Path:
             ("s/000.mp4", videos["a.mp4"]),
             ("s/000.txt", b"a caption"),
             ("001.clip.MKV", videos["b.mkv"]),
+            ("001.left.mp4", videos["a.mp4"]),
             ("001.cls", b"7\n"),
             ("001.json", b'{"label": "cat", "group": 12}'),
             ("picture.jpg", b"x"),

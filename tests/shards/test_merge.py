@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shards import storage
 from shards.errors import UserError
 from shards.layout import Manifest, Version
 from shards.manifest import load_manifest
@@ -172,6 +173,35 @@ def test_slices_do_not_go_where_something_is(films: Path, copy: Path, tmp_path: 
         pack(films, tmp_path / "notes", SMALL, share=Slice(0, 3))
     with pytest.raises(UserError, match="exists and is not empty"):
         pack(films, copy, SMALL)
+
+
+def test_slices_begin_at_the_same_moment(films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another slice writes the plan just after this one has looked for it."""
+    folder, plan = tmp_path / "data", "parts/plan.json"
+    pack(films, folder, SMALL, share=Slice(0, 3))
+    exists = storage.exists
+    seen: list[str] = []
+
+    def not_yet(url: str) -> bool:
+        seen.append(url)
+        return exists(url) and not (url.endswith(plan) and sum(other.endswith(plan) for other in seen) == 1)
+
+    monkeypatch.setattr(storage, "exists", not_yet)
+    pack(films, folder, SMALL, share=Slice(1, 3))
+    assert {path.name for path in (folder / "parts").iterdir()} == {"plan.json", "0000-of-0003", "0001-of-0003"}
+
+
+def test_a_damaged_plan_is_made_again_once_it_is_removed(films: Path, slices: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(slices, folder)
+    plan = folder / "parts" / "plan.json"
+    text = plan.read_text()
+    plan.write_text(text[:50])
+    with pytest.raises(UserError, match="is damaged .*; remove it"):
+        pack(films, folder, SMALL, share=Slice(0, 3))
+    plan.unlink()
+    assert pack(films, folder, SMALL, share=Slice(0, 3)).is_old
+    assert plan.read_text() == text
 
 
 # Growing

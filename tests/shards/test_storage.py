@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.asyn import get_loop
 
-from shards import retry, storage
+from shards import loop, retry, storage
 from shards.errors import UserError
 from shards.retry import bare
 
@@ -197,3 +199,26 @@ def test_no_secret_of_a_url_in_an_error(remote: Any, monkeypatch: pytest.MonkeyP
 def test_a_password_with_odd_letters_is_left_out(secret: str) -> None:
     told = bare(f"cannot reach 'https://me:{secret}@host/a@b' nor https://host/c@d")
     assert told == "cannot reach 'https://host/a@b' nor https://host/c@d"
+
+
+def test_an_event_loop_that_is_stuck_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of a request is kept by the loop itself: who waits in a thread must not rely on it alone."""
+    go_on, is_stuck = threading.Event(), threading.Event()
+
+    def block() -> None:
+        is_stuck.set()
+        go_on.wait(60)
+
+    async def answer() -> int:
+        return 1
+
+    monkeypatch.setattr(loop, "LATE_S", 0.01)
+    get_loop().call_soon_threadsafe(block)
+    assert is_stuck.wait(10)
+    try:
+        with pytest.raises(TimeoutError, match="event loop"):
+            loop.on_loop(answer(), 0.01)
+        assert not go_on.is_set()
+    finally:
+        go_on.set()
+    assert loop.on_loop(answer(), 30) == 1

@@ -300,3 +300,14 @@ def test_a_place_that_cannot_be_written_is_named(data: Path, monkeypatch: pytest
     monkeypatch.setattr(storage, "write_bytes", refuse)
     with pytest.raises(UserError, match=r"withdrawn.jsonl cannot be written"):
         withdraw(str(data), [Found("train", 0, "k")])
+
+
+def test_a_list_that_may_not_be_read_is_no_empty_list(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 says 403 of a file that is not there to whoever may not list the bucket."""
+
+    def forbidden(*_: Any, **__: Any) -> bytes:
+        raise PermissionError("AccessDenied (403)")
+
+    monkeypatch.setattr(storage, "read_bytes", forbidden)
+    with pytest.raises(UserError, match=r"withdrawn\.jsonl.*s3:ListBucket"):
+        withdrawn(str(data), "train")

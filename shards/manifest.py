@@ -33,7 +33,7 @@ from shards.layout import (
     index_name,
     is_url,
 )
-from shards.tarstream import TarStream
+from shards.tarstream import BrokenTarError, TarStream
 
 BLOCK_BYTES = 8 << 20
 TARS = "*-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
@@ -125,7 +125,10 @@ class Scan:
 
 
 def scan_tar(url: str, name: str) -> Scan:
-    """Read a tar that we packed once: where each video lies, its checksum, and what its KEY.json says."""
+    """Read a tar that we packed once: where each video lies, its checksum, and what its KEY.json says.
+
+    Raises BrokenTarError for one that is not as it was packed.
+    """
     videos: dict[str, tuple[int, int, int]] = {}
     facts: dict[str, dict[str, Any]] = {}
     num_bytes, _ = storage.size_and_tag(url)
@@ -133,13 +136,17 @@ def scan_tar(url: str, name: str) -> Scan:
         for member in tar:
             key, _, extension = member.name.partition(".")
             if extension == "json":
-                facts[key] = json.loads(b"".join(tar.body()))
+                try:
+                    facts[key] = json.loads(b"".join(tar.body()))
+                except ValueError as error:
+                    raise BrokenTarError(f"{url}: {member.name} is damaged ({error})") from error
             else:
                 checksum = 0
                 for part in tar.body():
                     checksum = zlib.crc32(part, checksum)
                 videos[key] = (member.offset, member.size, checksum)
-    assert videos.keys() == facts.keys()
+    if videos.keys() != facts.keys():
+        raise BrokenTarError(f"{url}: {min(videos.keys() ^ facts.keys())} lacks its video or its description")
     samples = tuple(ScannedSample(key, *place, facts[key]["label"], facts[key]) for key, place in videos.items())
     return Scan(Shard(name, num_bytes, len(samples), tar.sha256), samples)
 

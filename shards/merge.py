@@ -25,6 +25,7 @@ from shards.content import Content, find_duplicates, read_content
 from shards.errors import UserError
 from shards.layout import (
     MANIFEST_NAME,
+    PACKED_NAME,
     PARTS_NAME,
     RECORD_DTYPE,
     REJECTED_NAME,
@@ -113,6 +114,11 @@ def _merge(url: str) -> MergeSummary:
         raise UserError(
             f"{url} lacks the slices {', '.join(map(str, missing))}; all must be packed before they are joined: pack "
             f"them (tubelet pack SRC {url} --slice {missing[0]})"
+        )
+    if base is None and storage.exists(storage.join(url, PACKED_NAME)):
+        raise UserError(
+            f"{storage.join(url, MANIFEST_NAME)} is missing; it lists more tars than those of the parts: put it back "
+            "(from a copy of the folder)"
         )
     new = [part for part in parts if base is None or part not in _listed(base)]
     manifests = {part: load_manifest(storage.join(url, _prefix(part))) for part in new}

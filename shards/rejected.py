@@ -19,6 +19,8 @@ from shards.layout import REJECTED_NAME, Place
 DUPLICATE = "duplicate"
 LOST = "lost"
 """Its bytes are damaged or gone: the file may be packed again."""
+WITHDRAWN = "withdrawn"
+"""Lost likewise, but `tubelet forget` had withdrawn it: the file must not be packed again."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Make a damaged data set usable again without its sources: what is still good stays, the rest leaves the index.
 
     what a tar holds and its index row says alike   stays, also in a tar that is cut off or damaged elsewhere
-    a sample whose bytes are damaged or gone        leaves the index; rejected.jsonl names it (reason `lost`)
+    a sample whose bytes are damaged or gone        leaves the index; rejected.jsonl names it (reason `lost`, or
+                                                    `withdrawn`: then its file cannot be packed again)
     an index that is missing or wrong               is made again from the tars that are as they were packed
 
 Tars are not touched. The older manifest stays as manifest.json.before-repair. Where samples were lost the data has
@@ -24,7 +25,8 @@ from shards.errors import UserError
 from shards.layout import MANIFEST_NAME, PARTS_NAME, REJECTED_NAME, Manifest, Place, Records, Shard, Split, index_name
 from shards.manifest import describe, load_manifest, make_records, manifest_url, scan_tar, sha256_of, shard_url
 from shards.reader import SplitReader
-from shards.rejected import LOST, Rejection, read_rejected, rejected_text
+from shards.rejected import LOST, WITHDRAWN, Rejection, read_rejected, rejected_text
+from shards.tarstream import BrokenTarError
 from shards.verify import TarState, inspect_tars, is_ours
 from shards.withdraw import WITHDRAWN_NAME, Withdrawal, read_withdrawals
 
@@ -53,7 +55,7 @@ class RepairSummary:
         for name, split in self.before.splits.items():
             left = self.after.splits[name].num_samples if name in self.after.splits else 0
             lines.append(f"  {name}: {left} of {split.num_samples} samples are left")
-        sources = sorted({row.path for row in self.lost if row.path})
+        sources = sorted({row.path for row in self.lost if row.path and row.reason == LOST})
         names = f" (of {len(sources)} files, for example {sources[0]})" if sources else ""
         return [
             *lines,
@@ -72,6 +74,8 @@ class _Split:
     """(tar, offset of the sample or None for all of the tar, what is wrong)"""
     renumber: Callable[[Withdrawal], int | None]
     """New number of a withdrawn sample, None if it is lost."""
+    places: Callable[[Withdrawal], set[Place]]
+    """Where a withdrawn sample may lie that is lost."""
     is_rebuilt: bool = False
 
 
@@ -94,10 +98,10 @@ def repair(url: str, on_shard: OnShard | None = None) -> RepairSummary:
             after = _publish_indexes(folder, manifest, kept, Path(temporary))
         if after.hash == manifest.hash:
             return RepairSummary(manifest, manifest, rebuilt, (), "")
-        lost = tuple(_rejections(folder, found))
+        withdrawn = read_withdrawals(folder)
+        lost = tuple(_rejections(folder, found, withdrawn, left_out))
         backup = _keep(folder, manifest)
         storage.write_bytes(storage.join(folder, REJECTED_NAME), rejected_text([*old_rejected, *lost]))
-        withdrawn = read_withdrawals(folder)
         renumbered = [replace(row, sample=new) for row in withdrawn if (new := _renumber(row, found)) is not None]
         if withdrawn:  # between these two moments rather too many are withdrawn than too few
             _write_withdrawn(folder, [*withdrawn, *renumbered])
@@ -143,7 +147,11 @@ def _keep_good(
     def renumber(row: Withdrawal) -> int | None:
         return int(positions[row.sample]) if row.sample < len(good) and good[row.sample] else None
 
-    return _Split(kept, shards, lost, renumber)
+    def places(row: Withdrawal) -> set[Place]:
+        found = records[row.sample : row.sample + 1]
+        return {(old[int(record["shard"])].name, int(record["offset"])) for record in found}
+
+    return _Split(kept, shards, lost, renumber, places)
 
 
 def _as_it_is(shard: Shard, state: TarState) -> Shard:
@@ -168,13 +176,18 @@ def _rebuild(folder: str, manifest: Manifest, name: str, left_out: set[Place], o
         if not _is_as_packed(url, shard):
             lost.append((shard.name, None, "neither its index nor the tar is what was packed"))
             continue
-        scan = scan_tar(url, shard.name)
+        try:
+            scan = scan_tar(url, shard.name)
+        except BrokenTarError as error:  # it was damaged when an earlier repair took it as it is
+            lost.append((shard.name, None, str(error)))
+            continue
         used = [sample for sample in scan.samples if (shard.name, sample.offset) not in left_out]
         numbers |= {sample.key: row for row, sample in enumerate(used, len(numbers))}
         blocks.append(make_records(replace(scan, samples=tuple(used)), len(shards), labels))
         shards.append(shard)
     records: Records = np.concatenate(blocks) if blocks else np.zeros(0, np.void)
-    return _Split(records, shards, lost, lambda row: numbers.get(row.key), is_rebuilt=True)
+    gone = set(_sources(folder, lost))  # which of them it was cannot be told any more, so none of them may come back
+    return _Split(records, shards, lost, lambda row: numbers.get(row.key), lambda _: gone, is_rebuilt=True)
 
 
 def _is_as_packed(url: str, shard: Shard) -> bool:
@@ -200,18 +213,33 @@ def _publish_indexes(folder: str, before: Manifest, kept: dict[str, _Split], tem
     return before if splits == before.splits else after
 
 
-def _rejections(folder: str, found: dict[str, _Split]) -> list[Rejection]:
-    sources: dict[Place, str] = {}
+def _rejections(
+    folder: str, found: dict[str, _Split], withdrawn: list[Withdrawal], left_out: set[Place]
+) -> list[Rejection]:
+    """One per sample that was lost now; what was `left_out` before keeps the reason it was given then."""
     lost = [row for split in found.values() for row in split.lost]
-    for prefix in sorted({_prefix(tar) for tar, _, _ in lost}):
-        for row in read_content(storage.join(folder, prefix)) or []:
-            sources.update({(prefix + tar, offset): row.source for tar, offset in row.samples})
-    tars = {tar: [place for place in sources if place[0] == tar] for tar, offset, _ in lost if offset is None}
+    sources = _sources(folder, lost)
+    used = [place for place in sources if place not in left_out]
+    tars = {tar: [place for place in used if place[0] == tar] for tar, offset, _ in lost if offset is None}
+    gone = [row for row in withdrawn if row.split in found and _renumber(row, found) is None]
+    unwanted = {place for row in gone for place in found[row.split].places(row)}
     return [
-        Rejection(sources.get(place, ""), LOST, f"{tar}: {what}", _part(tar), (place,))
+        Rejection(
+            sources.get(place, ""), WITHDRAWN if place in unwanted else LOST, f"{tar}: {what}", _part(tar), (place,)
+        )
         for tar, offset, what in lost
         for place in ([(tar, offset)] if offset is not None else tars[tar])
     ]
+
+
+def _sources(folder: str, lost: list[tuple[str, int | None, str]]) -> dict[Place, str]:
+    """The files that the samples of the packings with a loss were made from."""
+    tars = {tar for tar, _, _ in lost}
+    sources: dict[Place, str] = {}
+    for prefix in sorted({_prefix(tar) for tar in tars}):
+        for row in read_content(storage.join(folder, prefix)) or []:
+            sources.update({(prefix + tar, at): row.source for tar, at in row.samples if prefix + tar in tars})
+    return sources
 
 
 def _part(tar: str) -> str:

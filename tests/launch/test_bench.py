@@ -284,6 +284,7 @@ def test_trouble_is_named() -> None:
     assert "7.0% of the requests were refused" in advice.because
     (advice,) = loader_result({1: (100,)}, substituted={"io": 2, "died": 1}).advice()
     assert advice.because == "samples had to be replaced: 1 died, 2 io"
+    assert not loader_result({1: (100,)}, substituted={"withdrawn": 2}).advice(), "as somebody wanted it"
 
 
 def test_what_training_needs_comes_from_the_last_run_or_the_command_line(tmp_path: Path) -> None:

@@ -124,11 +124,12 @@ def test_every_video_is_found_with_its_facts(probe: str, level: int, tars: Path,
     groups = ["film 1", "12", "000", "deep/" * 40 + "long é"]
     assert [int(value) for value in records["group"]] == [zlib.crc32(group.encode()) for group in groups]
     assert reasons(tars) == {
+        "x-000.tar/001": "second_video",
         "x-000.tar/picture": "no_video",
         "x-000.tar/broken": "unreadable",
         "x-001.tar/000": "duplicate",
     }
-    assert summary.rejected == {"no_video": 1, "unreadable": 1, "duplicate": 1}
+    assert summary.rejected == {"second_video": 1, "no_video": 1, "unreadable": 1, "duplicate": 1}
     assert (summary.num_ignored, summary.num_unread, summary.num_tars) == (2, 1, 2)
     assert not (tars / "staging").exists()
     shards = load_manifest(str(tars)).splits["train"].shards
@@ -242,7 +243,7 @@ def test_an_index_grows_at_its_end(tars: Path, tmp_path: Path, videos: dict[str,
     assert int(after[-1]["label"]) == 2
     assert [version.hash for version in second.history] == [first.hash]
     assert second.history[0].num_samples == {"train": 4}
-    assert (summary.num_known, summary.rejected["format"], len(reasons(tars))) == (2, 1, 4)
+    assert (summary.num_known, summary.rejected["format"], len(reasons(tars))) == (2, 1, 5)
     again = index(tars)
     assert again.manifest.hash == second.hash
     assert again.rejected == summary.rejected
@@ -270,7 +271,7 @@ def test_growing_that_died_before_its_manifest_is_done_again(
     assert len(open_split(str(tars), "train")) == 4
     index(tars)
     assert len(open_split(str(tars), "train")) == 5
-    assert Counter(reasons(tars).values()) == {"no_video": 1, "unreadable": 1, "duplicate": 1, "format": 1}
+    assert Counter(reasons(tars).values()) == {"second_video": 1, "no_video": 1, "unreadable": 1, "duplicate": 1, "format": 1}
 
 
 def test_indexed_tars_must_stay_as_they_are(tars: Path, videos: dict[str, bytes], tmp_path: Path) -> None:
@@ -376,7 +377,7 @@ def test_progress_rises_to_the_end(tars: Path) -> None:
     seen: list[IndexProgress] = []
     index_foreign(str(tars), IndexOptions(workers=1), seen.append)
     assert [progress.num_done for progress in seen] == [0, 1, 2]
-    assert (seen[-1].num_total, seen[-1].num_samples, seen[-1].num_rejected) == (2, 4, 3)
+    assert (seen[-1].num_total, seen[-1].num_samples, seen[-1].num_rejected) == (2, 4, 4)
 
 
 def test_the_manifest_is_one_that_others_read(tars: Path) -> None:

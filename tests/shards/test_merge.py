@@ -105,6 +105,15 @@ def test_a_file_that_is_there_twice_is_left_out_over_slices(joined: Path) -> Non
     assert packed - listed == 2
 
 
+def test_it_is_said_when_the_joined_slices_hold_nothing_out(make_video: MakeVideo, tmp_path: Path) -> None:
+    make_video(tmp_path / "src" / "a.mp4", 20, width=32, height=32)
+    options = replace(SMALL, val_fraction=0.0)
+    assert "nothing is held out" not in "\n".join(
+        pack(tmp_path / "src", tmp_path / "data", options, share=Slice(0, 1)).lines()
+    )
+    assert "nothing is held out, so training will not evaluate" in "\n".join(merge(str(tmp_path / "data")).lines())
+
+
 def test_a_slice_that_is_done_says_so(films: Path, slices: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in slices.rglob("*")}
     summary = pack(films, slices, SMALL, share=Slice(1, NUM_SLICES))
@@ -197,7 +206,7 @@ def test_a_damaged_plan_is_made_again_once_it_is_removed(films: Path, slices: Pa
     plan = folder / "parts" / "plan.json"
     text = plan.read_text()
     plan.write_text(text[:50])
-    with pytest.raises(UserError, match="is damaged .*; remove it"):
+    with pytest.raises(UserError, match=r"is damaged .*; remove it"):
         pack(films, folder, SMALL, share=Slice(0, 3))
     plan.unlink()
     assert pack(films, folder, SMALL, share=Slice(0, 3)).is_old
@@ -251,13 +260,22 @@ def test_an_open_reader_of_the_older_manifest_goes_on(copy: Path, more: Path) ->
     assert [late.read(number) for number in range(len(late))] == expected
 
 
+def test_a_lost_manifest_is_not_made_from_the_parts_alone(films: Path, more: Path, tmp_path: Path) -> None:
+    """What was packed in one go lies beside the parts: it would be left out without a word."""
+    pack(films, tmp_path / "data", SMALL)
+    pack(more, tmp_path / "data", SMALL, append=True)
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing; .* put it back"):
+        merge(str(tmp_path / "data"))
+
+
 def test_adding_the_same_again_adds_nothing(copy: Path, more: Path) -> None:
     first = pack(more, copy, SMALL, append=True)
     again = pack(more, copy, SMALL, append=True)
     assert again.manifest == first.manifest
     assert "packed already" in again.lines()[0]
     other = replace(SMALL, short_side=48)
-    with pytest.raises(UserError, match=r"holds no usable video: all 3 files were rejected \(duplicate 3;"):
+    with pytest.raises(UserError, match=r"holds nothing new: all 3 files were rejected \(duplicate 3;"):
         pack(more, copy, other, append=True)
     assert load_manifest(str(copy)) == first.manifest
 

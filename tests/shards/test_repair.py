@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shards.content import read_content
 from shards.errors import UserError
 from shards.layout import MANIFEST_NAME
 from shards.manifest import load_manifest
@@ -139,6 +141,52 @@ def test_withdrawn_samples_stay_withdrawn(copy: Path) -> None:
     numbers = withdrawn(str(copy), "train")
     assert numbers == {0, 3}
     assert {reader.key(number) for number in numbers} == {keys[0], keys[4]}
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_what_was_withdrawn_does_not_come_back(clips: Path, copy: Path, has_index: bool) -> None:
+    """Lost files may be packed again, but not one that somebody asked to have removed."""
+    reader = open_split(str(copy), "train")
+    source = _source(copy, TAR, int(reader.records[0]["offset"]))
+    rows = [row for row in read_content(str(copy)) or () if row.split == "train"]
+    tars = [shard.name for shard in reader.split.shards]
+    places = {(tars[row["shard"]], int(row["offset"])): number for number, row in enumerate(reader.records)}
+    gone = [places[place] for row in rows if row.source == source for place in row.samples]
+    text = "".join(f"{Withdrawal('train', n, reader.key(n), '2026-01-01T00:00:00Z').to_json()}\n" for n in gone)
+    (copy / "withdrawn.jsonl").write_text(text)
+    (copy / TAR).unlink()
+    if not has_index:
+        (copy / "train.index").unlink()
+    done = repair(str(copy))
+    assert {row.reason for row in done.lost if row.path == source} == {"withdrawn"}
+    options = PackOptions(short_side=96, max_frames=64, min_frames=8, workers=2)
+    if has_index:
+        pack(clips, copy, options, append=True)
+        (part,) = copy.glob("parts/*/content.jsonl")
+        packed_again = {row.source for row in read_content(str(part.parent)) or ()}
+        assert packed_again, "others that were lost come again"
+        assert source not in packed_again
+    assert verify(str(copy)) == []
+
+
+def test_a_repaired_data_set_with_a_damaged_description_loses_its_index(copy: Path) -> None:
+    data = (copy / TAR).read_bytes()
+    (copy / TAR).write_bytes(re.sub(rb'\{"(?=[a-z_]+": )', b"{{", data, count=1))
+    (copy / repair(str(copy)).after.splits["train"].index).unlink()
+    assert any("is damaged" in row.detail for row in repair(str(copy)).lost)
+    assert verify(str(copy)) == []
+
+
+def test_a_repaired_data_set_loses_its_index(copy: Path) -> None:
+    """The tar that is cut is as the manifest says since then, but no tar that can be read to its end."""
+    keep = int(open_split(str(copy), "train").records[2]["offset"])
+    (copy / TAR).write_bytes((copy / TAR).read_bytes()[: keep + 100])
+    repair(str(copy))
+    (copy / repair(str(copy)).after.splits["train"].index).unlink()
+    done = repair(str(copy))
+    assert TAR not in done.after.file_names()
+    assert any("is cut off" in row.detail for row in done.lost)
+    assert verify(str(copy)) == []
 
 
 def test_nothing_left(copy: Path) -> None:

@@ -30,6 +30,10 @@ def pack(slurm: Any, folder: Path, array: str, *words: str) -> str:
     )
 
 
+def said(folder: Path) -> str:
+    return "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(folder.glob("*.log")))
+
+
 def wait(slurm: Any, folder: Path, job: str) -> list[str]:
     """State and exit code of every task of an array, or of one job."""
 
@@ -37,7 +41,7 @@ def wait(slurm: Any, folder: Path, job: str) -> list[str]:
         return slurm.run("squeue", "-h", "-t", "all", "-r", "-j", job, "-o", "%T").split()
 
     def logs() -> str:
-        return "\n".join(f"{path}: {path.read_text()}" for path in folder.glob("*.log")) + slurm.why()
+        return said(folder) + slurm.why()
 
     slurm.wait_for(lambda: all(state in FINAL for state in tasks()), 120, logs)
     return sorted(tasks())
@@ -50,7 +54,7 @@ def test_an_array_packs_and_a_dependent_job_joins(slurm: Any, tmp_path: Path) ->
         f"--output={tmp_path}/merge.log",
         f"--wrap=python -m launch.cli index {tmp_path / 'films'} --merge",
     )
-    assert wait(slurm, tmp_path, job) == ["COMPLETED"] * 3
+    assert wait(slurm, tmp_path, job) == ["COMPLETED"] * 3, said(tmp_path)
     assert wait(slurm, tmp_path, merge) == ["COMPLETED"], (tmp_path / "merge.log").read_text()
     assert verify(str(tmp_path / "films")) == []
     manifest = json.loads((tmp_path / "films" / "manifest.json").read_text())
@@ -58,7 +62,7 @@ def test_an_array_packs_and_a_dependent_job_joins(slurm: Any, tmp_path: Path) ->
     assert parts == ["0000-of-0003", "0001-of-0003", "0002-of-0003"]
 
     again = pack(slurm, tmp_path, "1", "--slice", "slurm/3")
-    assert wait(slurm, tmp_path, again) == ["COMPLETED"]
+    assert wait(slurm, tmp_path, again) == ["COMPLETED"], said(tmp_path)
     assert "slice 1/3 is packed already" in (tmp_path / "pack-1.log").read_text()
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from launch import data_cli
-from launch.screen import AsJson, Overrides, hint, show
+from launch.screen import AsJson, Overrides, complain, hint, show
 from shards.errors import UserError
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         sys.exit(USER_MISTAKE)
     sys.exit(0)
 

@@ -26,6 +26,11 @@ def show(result: dict[str, Any], as_json: bool, *lines: str) -> None:
     print(fold(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text, flush=True)
 
 
+def complain(text: str) -> None:
+    """What went wrong, on stderr."""
+    print(fold(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
 def fold(text: str, width: int) -> str:
     """Break lines at blanks to fit a terminal, what follows indented; a command to type stays in one piece."""
     folded: list[str] = []

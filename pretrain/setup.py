@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 RECORDED_PACKAGES = ("tubelet", "torch", "deepspeed", "numpy", "av", "decord2", "webdataset", "safetensors")
 
 
+FEW_RUNS = 100
+"""Neighbours in a run stay together: fewer runs than this are hardly shuffled."""
+
+
 @dataclass(frozen=True)
 class Rank:
     """One rank that has joined the others."""
@@ -167,6 +171,9 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     start = recovery.resume(allow_change=allow_change)
     if world.is_first:
         _describe(rank.run_dir, config)
+    num_runs = loader.num_samples // data.run_length
+    if data.run_length > 1 and num_runs < FEW_RUNS:
+        rank.console.say(f"order    only {num_runs} runs of data.run_length={data.run_length} to shuffle: lower it")
     evaluation = None
     found_out = held_out(data) if config.eval.every_steps else None
     if config.eval.every_steps and found_out is None:

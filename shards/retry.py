@@ -9,6 +9,7 @@ This loop is the only one: the clients below it are told to try once, so that th
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import threading
@@ -19,7 +20,11 @@ from typing import TypeVar
 
 from shards.errors import UserError
 
+log = logging.getLogger(__name__)
+
 FIRST_WAIT_S = 0.1
+SILENT_S = 5.0
+"""Who waits longer for an answer is told why (in a run: in the log of the rank)."""
 LONGEST_WAIT_S = 15.0
 FINAL_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, UserError)
 BUGS = (TypeError, AttributeError, NameError, NotImplementedError)
@@ -107,7 +112,9 @@ def persist(
     Local reads come through here too: on a cluster they go to a file server. There a short file is short for good.
     """
     final = FINAL_ERRORS + BUGS + (ChangedObjectError, ObjectEndsError, RefusedError) + also_final
-    end_s = time.monotonic() + deadline_s
+    start_s = time.monotonic()
+    end_s = start_s + deadline_s
+    is_told = False
     wait_s = FIRST_WAIT_S
     fault: Exception | None = None
     while True:
@@ -131,5 +138,9 @@ def persist(
                 # A cause would be printed with its own text, which may name a URL with a password in it.
                 raise kind(f"{bare(url)}: gave up after {deadline_s:g} s: {bare(repr(fault))}") from None
             count(num_retries=1)
+            if not is_told and time.monotonic() - start_s >= SILENT_S:
+                is_told = True
+                left_s = end_s - time.monotonic()
+                log.warning("%s does not answer (%s); trying for %.0f s more", bare(url), bare(repr(fault)), left_s)
             time.sleep(pause_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)

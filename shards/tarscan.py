@@ -1,7 +1,8 @@
 """One tar of videos made by others -> rows of the index, in one pass over its bytes.
 
     member ─ crc32, copied to a temporary file ─ described in a child ─ row
-    members with one stem are a sample: the first video, its label (.cls, else .json), its group (.json, else the stem)
+    members with one stem are a sample: the first video (others are refused, reason `second_video`), its label (.cls,
+    else .json), its group (.json, else the stem)
 
 What cannot be used is a `Refusal` with its reason; a tar that is not whole is a BrokenTarError.
 """

@@ -11,9 +11,6 @@ from shards.dataset import DataSet, Reading, Recipe
 from shards.errors import UserError
 from shards.source import SourceSpec, expand_sources, load_manifests, split_pattern
 
-MIN_RUNS = 3
-"""Of neighbours in an epoch. A good shuffle wants hundreds; this refuses what would be none."""
-
 
 def open_dataset(data: DataConfig, *, seed: int, limits: LimitsConfig | None = None) -> DataSet:
     """The data set that a run with this config draws from. Raises UserError where it cannot be opened."""
@@ -82,11 +79,6 @@ def check_fit(
         problems.append(
             f"data.frames is {data.frames}; the longest video of split {data.split!r} has "
             f"{dataset.max_frames}: take fewer frames, pack longer videos, or set data.short to loop"
-        )
-    elif data.run_length > 1 and dataset.num_samples < MIN_RUNS * data.run_length:
-        problems.append(
-            f"data.run_length is {data.run_length}; {dataset.num_samples} samples must make at least {MIN_RUNS} "
-            f"runs, or nothing is shuffled: use {max(1, dataset.num_samples // MIN_RUNS)} or less"
         )
     whole_videos = {
         "train.global_batch": (global_batch, has_cursor),  # the cursor counts positions

@@ -109,6 +109,16 @@ def test_results_fit_the_terminal_but_commands_stay_whole(monkeypatch: pytest.Mo
     assert " ".join(folded).split() == " ".join(LINES[:2]).split()
 
 
+def test_mistakes_fit_the_terminal_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    screen.complain("error: " + 12 * "words ")
+    assert max(map(len, terminal.getvalue().splitlines())) <= 40
+    monkeypatch.setattr("sys.stderr", elsewhere := io.StringIO())
+    screen.complain("error: " + 12 * "words ")
+    assert len(elsewhere.getvalue().splitlines()) == 1
+
+
 def test_what_is_no_terminal_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("sys.stdout", pipe := io.StringIO())

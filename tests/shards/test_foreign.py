@@ -12,7 +12,6 @@ import sys
 import tarfile
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,7 +270,7 @@ def test_growing_that_died_before_its_manifest_is_done_again(
     assert len(open_split(str(tars), "train")) == 4
     index(tars)
     assert len(open_split(str(tars), "train")) == 5
-    assert Counter(reasons(tars).values()) == {"second_video": 1, "no_video": 1, "unreadable": 1, "duplicate": 1, "format": 1}
+    assert sorted(reasons(tars).values()) == ["duplicate", "format", "no_video", "second_video", "unreadable"]
 
 
 def test_indexed_tars_must_stay_as_they_are(tars: Path, videos: dict[str, bytes], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from fsspec.asyn import get_loop
 
 from shards import loop, retry, storage
 from shards.errors import UserError
-from shards.retry import bare
+from shards.retry import bare, persist
 
 
 @pytest.fixture
@@ -222,3 +222,17 @@ def test_an_event_loop_that_is_stuck_is_not_waited_for(monkeypatch: pytest.Monke
     finally:
         go_on.set()
     assert loop.on_loop(answer(), 30) == 1
+
+
+def test_who_waits_is_told_why_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.retry.SILENT_S", 0.0)
+
+    def attempt(limit_s: float) -> bytes:
+        raise OSError("no route to host")
+
+    with pytest.raises(OSError, match="gave up"):
+        persist("s3://user:word@films/a", attempt, 1.0, 0.5)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "does not answer" in line
+    assert "no route to host" in line
+    assert "word" not in line

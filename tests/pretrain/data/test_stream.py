@@ -932,8 +932,3 @@ def test_a_set_of_which_all_is_withdrawn_says_so(data: Data, twelve: Path) -> No
         pytest.raises(UserError, match="were withdrawn"),
     ):
         take(loader, 1)
-
-
-def test_runs_that_leave_nothing_to_shuffle_are_refused(data: Data, twelve: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.run_length is 8; 12 samples must make at least 3 runs.*use 4 or less"):
-        ClipLoader(data(shards=str(twelve), run_length=8), seed=SEED, global_batch=8)

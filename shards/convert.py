@@ -203,7 +203,7 @@ def run_job(job: Job, renew: Callable[[], None]) -> Outcome:
     """Probe and encode one file; `renew` is called for every frame. What is wrong with the file is an Outcome."""
     try:
         pieces = _convert(job, renew)
-        return Outcome(pieces, sha256=_sha256(Path(job.path), renew) if job.folder else "")
+        return Outcome(pieces, sha256=sha256_of_file(Path(job.path), renew) if job.folder else "")
     except Rejected as rejected:
         return Outcome(reason=rejected.reason, detail=rejected.detail)
     except MemoryError:
@@ -218,7 +218,8 @@ class _UnwritableError(Exception):
     """The folder for samples is full or gone."""
 
 
-def _sha256(path: Path, renew: Callable[[], None]) -> str:
+def sha256_of_file(path: Path, renew: Callable[[], None] = lambda: None) -> str:
+    """Hash of a whole file; `renew` is called for every block."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASH_BLOCK_BYTES):

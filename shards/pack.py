@@ -16,13 +16,14 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shards import storage
 from shards.content import find_duplicates
-from shards.convert import Outcome
+from shards.convert import Outcome, sha256_of_file
 from shards.destination import Destination, destination
 from shards.errors import UserError
 from shards.layout import PACKED_NAME, REJECTED_NAME, Manifest
@@ -32,7 +33,7 @@ from shards.options import PackOptions
 from shards.rejected import DUPLICATE, Rejection, rejected_text
 from shards.slice import Slice
 from shards.sliceplan import check_plan
-from shards.sources import Listing, list_sources
+from shards.sources import Listing, Source, list_sources
 from shards.splits import SplitRule, choose_splits, leaking
 from shards.staging import PackProgress, Report, convert_all, name_fault, printable, staging_id, working_folder
 from shards.summary import PackSummary, find_warnings
@@ -204,10 +205,11 @@ def _make(
     work = out.parent
     sources = made.listing.sources
     leaks = leaking(sources, made.settled or {})
-    outcomes, num_reused = convert_all(
-        [source for source in sources if source.name not in leaks], made.staged, work, options, report
-    )
-    rejected = {name: outcome for name, outcome in outcomes.items() if outcome.reason}
+    fresh = [source for source in sources if source.name not in leaks]
+    old = _known_before(fresh, made.known or {}, options)
+    fresh = [source for source in fresh if source.name not in old]
+    outcomes, num_reused = convert_all(fresh, made.staged, work, options, report)
+    rejected = old | {name: outcome for name, outcome in outcomes.items() if outcome.reason}
     rejected |= {name: Outcome(reason="leak", detail=detail) for name, detail in leaks.items()}
     hashes = {name: outcome.sha256 for name, outcome in outcomes.items() if not outcome.reason}
     rejected |= {
@@ -241,6 +243,24 @@ def _make(
     }
     storage.write_atomic(out / PACKED_NAME, (json.dumps(packed, indent=1) + "\n").encode())
     return packed, num_reused
+
+
+def _known_before(sources: list[Source], known: dict[bytes, str], options: PackOptions) -> dict[str, Outcome]:
+    """The files whose bytes the data set has already: set aside before anything is converted."""
+    if not known:
+        return {}
+
+    def look(source: Source) -> tuple[str, Outcome] | None:
+        try:
+            first = known.get(bytes.fromhex(sha256_of_file(source.path)))
+        except OSError:  # it is rejected where it is opened to be converted
+            return None
+        return (
+            None if first is None else (source.name, Outcome(reason=DUPLICATE, detail=f"has the same bytes as {first}"))
+        )
+
+    with ThreadPoolExecutor(options.workers or None) as pool:  # hashing leaves the interpreter free
+        return dict(found for found in pool.map(look, sources) if found is not None)
 
 
 def _nothing_usable(src: Path, rejected: dict[str, Outcome]) -> UserError:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards import storage
+from shards import staging, storage
 from shards.errors import UserError
 from shards.layout import Manifest, Version
 from shards.manifest import load_manifest
@@ -267,6 +267,25 @@ def test_a_lost_manifest_is_not_made_from_the_parts_alone(films: Path, more: Pat
     (tmp_path / "data" / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing; .* put it back"):
         merge(str(tmp_path / "data"))
+
+
+def test_what_is_known_is_not_converted_again(
+    copy: Path, more: Path, make_video: MakeVideo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(more, copy, SMALL, append=True)
+    again = Path(shutil.copytree(more, tmp_path / "again"))
+    make_video(again / "new.mp4", 40, width=32, height=32)
+    asked: list[str] = []
+    plain = staging.convert_all
+
+    def convert_all(sources: Any, *rest: Any) -> Any:
+        asked.extend(source.name for source in sources)
+        return plain(sources, *rest)
+
+    monkeypatch.setattr("shards.pack.convert_all", convert_all)
+    summary = pack(again, copy, SMALL, append=True)
+    assert asked == ["new.mp4"]
+    assert summary.rejected == {"duplicate": 3}
 
 
 def test_adding_the_same_again_adds_nothing(copy: Path, more: Path) -> None:

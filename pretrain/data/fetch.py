@@ -31,6 +31,8 @@ STORAGE = "io"
 WITHDRAWN = "withdrawn"
 NO_FAULT_OF_THE_SAMPLE = (STORAGE, WITHDRAWN)
 """Reasons that do not count towards `data.bad_sample_limit`. What storage did may have passed by the next epoch."""
+STORAGE_IS_AWAY = 3
+"""Samples at one position that storage gave up on: single objects may be unreachable, so many are not by chance."""
 MAX_TRIES = 1000
 """At one position. Beyond it nearly everything must be withdrawn."""
 
@@ -173,9 +175,9 @@ class Fetcher:
             # Without its traceback, which holds these rows: failures are kept for as long as the run lasts.
             failures.append((sample, found.bare()))
             reasons = Counter(error.reason for _, error in failures)
-            if reasons[STORAGE] > 1:
+            if reasons[STORAGE] >= STORAGE_IS_AWAY:
                 # Not these samples: storage is away for longer than a read may take. A later start goes on from here.
-                raise OSError(f"storage gave up on two samples in a row: {found}")
+                raise OSError(f"storage gave up on {STORAGE_IS_AWAY} samples in a row: {found}")
             found = None
             if reasons.total() - reasons[WITHDRAWN] > self._max_bad:
                 break

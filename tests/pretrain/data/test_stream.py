@@ -909,7 +909,7 @@ def test_a_folder_pattern_that_has_another_number_of_sources(data: Data, twelve:
 def test_storage_that_is_away_is_no_fault_of_the_samples(
     data: Data, twelve: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One read that gave up is a substitute and does not count; two at one position end the attempt, not the run."""
+    """One read that gave up is a substitute and does not count; three at one position end the attempt, not the run."""
     order = order_of(twelve, 12)
     reads_of(monkeypatch, lambda sample, before: SampleError("io", "gone") if sample in order[:1] else None)
     config = data(shards=str(twelve), bad_sample_limit=0.0)
@@ -921,7 +921,7 @@ def test_storage_that_is_away_is_no_fault_of_the_samples(
         ClipLoader(config, seed=SEED, global_batch=4, journal=Journal(None)) as loader,
     ):
         reads_of(patch, lambda sample, before: SampleError("io", "gone"))
-        with pytest.raises(OSError, match="storage gave up on two samples in a row"):
+        with pytest.raises(OSError, match="storage gave up on 3 samples in a row"):
             take(loader, 1)
 
 

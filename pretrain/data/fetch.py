@@ -179,7 +179,7 @@ class Fetcher:
                 # Not these samples: storage is away for longer than a read may take. A later start goes on from here.
                 raise OSError(f"storage gave up on {STORAGE_IS_AWAY} samples in a row: {found}")
             found = None
-            if reasons.total() - reasons[WITHDRAWN] > self._max_bad:
+            if reasons.total() - reasons[WITHDRAWN] - reasons[STORAGE] > self._max_bad:
                 break
         return Delivery(None, tuple(failures), obeyed)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import botocore.session
+from botocore.exceptions import BotoCoreError, ClientError
 from measure import REPO
 
 START_S = 60.0
@@ -88,7 +89,7 @@ def s3_server() -> Generator[Server]:
         while True:  # the port may answer before the server is ready
             try:
                 server.client().create_bucket(Bucket=BUCKET)
-            except Exception:
+            except (BotoCoreError, ClientError):
                 if time.monotonic() > end_s or process.poll() is not None:
                     raise SystemExit(f"the S3 gateway did not start: {Path(folder, 'log').read_text()}") from None
                 time.sleep(0.2)

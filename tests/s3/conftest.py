@@ -19,6 +19,7 @@ from typing import Any
 
 import botocore.session
 import pytest
+from botocore.exceptions import BotoCoreError, ClientError
 
 from shards import loop, retry, s3
 from tests.s3.proxy import FaultProxy
@@ -156,7 +157,7 @@ def make_bucket(place: Gateway) -> None:
     while True:
         try:
             client.create_bucket(Bucket=place.bucket)
-        except Exception:
+        except (BotoCoreError, ClientError):
             if time.monotonic() > end_s:
                 raise
             time.sleep(0.1)

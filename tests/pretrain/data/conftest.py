@@ -15,7 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from pretrain.config import DataConfig
+from shards.manifest import build_manifest
 from shards.pack import PackOptions, pack
+from tests.pretrain.data.streams import copy_samples
 
 CLIPS = Path(__file__).parents[3] / "configs" / "clips"
 
@@ -100,3 +102,21 @@ def data(packed: Path) -> Callable[..., DataConfig]:
         return DataConfig(**{**defaults, "flip": True, **values})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def twelve_made(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("twelve") / "set"
+    copy_samples(packed, folder, 0, range(12))
+    build_manifest(folder, "train")
+    return folder
+
+
+@pytest.fixture
+def twelve(twelve_made: Path, tmp_path: Path) -> Path:
+    """Twelve samples in one tar, to change at will."""
+    folder = tmp_path / "twelve"
+    folder.mkdir()
+    for path in twelve_made.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder

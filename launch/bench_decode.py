@@ -37,10 +37,11 @@ from launch.bench import (
     short,
 )
 from launch.bench_clips import Census, Place, Video, packed_anew, read_video, take_census
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config
 from pretrain.data.decode import check_decoder
 from pretrain.data.pool import DecoderPool, Request
 from pretrain.data.source import open_dataset
+from pretrain.sections import DataConfig
 from shards.dataset import DataSet
 from shards.errors import SampleError, UserError
 

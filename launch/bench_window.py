@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any
 
 from launch.bench import NUM_REPEATS, Progress, Spread, cpu_s, cpu_used_s, num_cores
-from pretrain.config import Config, DataConfig
+from pretrain.config import Config
 from pretrain.data.loader import ClipLoader
+from pretrain.sections import DataConfig
 from pretrain.track import read_metrics
 
 SHORTEST_WINDOW_S = 0.6

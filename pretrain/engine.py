@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pretrain.agree import sum_over_ranks
 from pretrain.batch import ClipBatch
-from pretrain.config import TrainConfig, ZeroConfig
 from pretrain.data.augment import to_model_input
 from pretrain.objective import ClipKeys, Loss, Pretraining
+from pretrain.sections import TrainConfig, ZeroConfig
 from pretrain.world import World
 
 STATE_KEYS: dict[str, tuple[str, ...]] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from pretrain.config import DataConfig, EvalConfig, LimitsConfig
 from pretrain.data.loader import ClipLoader
 from pretrain.engine import Engine
+from pretrain.sections import DataConfig, EvalConfig, LimitsConfig
 from pretrain.world import World
 
 

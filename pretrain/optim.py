@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import OptimConfig
+from pretrain.sections import OptimConfig
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pretrain import names
 from pretrain.batch import COLOR_RGB24
-from pretrain.config import MaskedFrameConfig
 from pretrain.data.decode import Frames
 from pretrain.downstream.view import middle_crops
 from pretrain.load import Geometry, encode
@@ -30,6 +29,7 @@ from pretrain.model.embed import patchify, take
 from pretrain.model.vit import Encoder
 from pretrain.objective import ClipKeys
 from pretrain.objective.masked_frame import MaskedFrame
+from pretrain.sections import MaskedFrameConfig
 from shards.errors import UserError
 
 TOLERANCE = 1e-5

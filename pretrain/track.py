@@ -26,8 +26,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pretrain.config import TrackConfig
 from pretrain.redact import without_secrets
+from pretrain.sections import TrackConfig
 from shards.storage import write_atomic
 
 log = logging.getLogger(__name__)

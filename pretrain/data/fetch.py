@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.config import DataConfig
 from pretrain.data.clip import ClipPlan, plan_clip
 from pretrain.data.decode import VideoFacts
 from pretrain.data.pool import DecoderPool, Request
 from pretrain.data.rows import Rows, Video
 from pretrain.data.threads import Threads
 from pretrain.journal import Journal, JournalRow
+from pretrain.sections import DataConfig
 from shards.dataset import DataSet
 from shards.errors import SampleError
 from shards.layout import SOURCE_SHIFT

@@ -25,7 +25,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pretrain.batch import ClipBatch
-from pretrain.config import DataConfig, LimitsConfig
 from pretrain.data.decode import check_decoder
 from pretrain.data.fetch import Content, Delivery, Fetcher
 from pretrain.data.pool import DecoderPool
@@ -34,6 +33,7 @@ from pretrain.data.source import check_fit, open_dataset
 from pretrain.data.stats import LoaderStats, Totals
 from pretrain.data.threads import Threads
 from pretrain.journal import Journal, JournalRow
+from pretrain.sections import DataConfig, LimitsConfig
 from shards.errors import SampleError, UserError
 from shards.order import FILLER, ORDER_VERSION, clip_places, num_micro_steps, rank_clips
 

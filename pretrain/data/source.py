@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pretrain.config import DataConfig, LimitsConfig
+from pretrain.sections import DataConfig, LimitsConfig
 from shards.cache import SampleCache
 from shards.dataset import DataSet, Reading, Recipe
 from shards.errors import UserError

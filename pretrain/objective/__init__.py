@@ -14,13 +14,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.config import ObjectiveConfig
 from pretrain.model.embed import patchify
 from pretrain.model.sizes import SIZES, Grid
 from pretrain.model.vit import Encoder
 from pretrain.objective.frame_order import FrameOrder
 from pretrain.objective.loss import ClipKey, ClipKeys, Loss, Objective, Part
 from pretrain.objective.masked_frame import MaskedFrame
+from pretrain.sections import ObjectiveConfig
 
 __all__ = ["OBJECTIVES", "ClipKey", "ClipKeys", "Loss", "Objective", "Part", "Pretraining"]
 

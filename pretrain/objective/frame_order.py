@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.config import FrameOrderConfig
 from pretrain.geometry import visible_cells
 from pretrain.model.embed import Linear, take
 from pretrain.model.mask import num_tube_uniforms, tube_mask
@@ -28,6 +27,7 @@ from pretrain.model.sizes import PATCH_VALUES, TUBELET, Grid, Size, encoder_flop
 from pretrain.model.vit import Encoder
 from pretrain.objective.loss import ClipKey, ClipKeys, Loss, Objective, Part
 from pretrain.objective.targets import unnormalise
+from pretrain.sections import FrameOrderConfig
 from shards.errors import UserError
 
 MIN_SLOTS = 3

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config import MaskedFrameConfig
 from pretrain.geometry import allowed_counts, visible_cells
 from pretrain.model.decoder import Decoder
 from pretrain.model.embed import take
@@ -23,6 +22,7 @@ from pretrain.model.sizes import Grid, Size, decoder_flops, encoder_flops
 from pretrain.model.vit import Encoder
 from pretrain.objective.loss import ClipKeys, Loss, Objective, Part
 from pretrain.objective.targets import nearest_visible, normalised_pixels
+from pretrain.sections import MaskedFrameConfig
 
 
 class MaskedFrame(Objective):

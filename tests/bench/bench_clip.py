@@ -35,12 +35,12 @@ from measure import cpu_s, finish, machine, table
 from torch.nn.functional import interpolate
 
 from pretrain.batch import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.config import DataConfig
 from pretrain.data.augment import to_model_input
 from pretrain.data.clip import pick_crop, plan_clip
 from pretrain.data.decode import VideoFacts, decode_frames
 from pretrain.data.loader import ClipLoader
 from pretrain.data.rows import Rows, Video
+from pretrain.sections import DataConfig
 from shards.pack import PackOptions, pack
 from shards.reader import open_split
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from measure import Stopwatch, finish, machine, run_child, table
 
-from pretrain.config import DataConfig
 from pretrain.data.loader import ClipLoader
+from pretrain.sections import DataConfig
 from shards.layout import Manifest, Split
 from shards.reader import open_split
 

@@ -23,9 +23,9 @@ from measure import Stopwatch, finish, interleave, machine, run_child, summarize
 from peers import BATCH, CROP_SCALES, FACTS, FRAMES, PEERS, SIZE, STRIDE, WAYS, Sample
 from torch import Tensor
 
-from pretrain.config import DataConfig
 from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
+from pretrain.sections import DataConfig
 from shards.pack import PackOptions, pack
 from shards.reader import open_split
 

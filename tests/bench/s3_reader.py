@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from measure import Stopwatch
 
-from pretrain.config import DataConfig
 from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
 from pretrain.journal import Journal
+from pretrain.sections import DataConfig
 from shards import storage
 
 STEADY_WAIT_SHARE = 0.02

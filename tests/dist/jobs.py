@@ -11,7 +11,7 @@ import torch
 from pretrain.agree import Agreement
 from pretrain.batch import ClipBatch
 from pretrain.checkpoint import Checkpoint, Facts, begin, publish, read_parts, stage, staging_folder, write_part
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig, TrainConfig, ZeroConfig
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig, TrainConfig, ZeroConfig
 from pretrain.engine import Engine
 from pretrain.ledger import LineageHead
 from pretrain.objective import Pretraining

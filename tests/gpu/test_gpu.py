@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from pretrain.checkpoint import load_parameters
-from pretrain.config import DataConfig
 from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
+from pretrain.sections import DataConfig
 from pretrain.witness import audit_run
 from tests.dist import ranks
 

@@ -14,7 +14,6 @@ from pretrain.config import (
     FREE_KEYS,
     RECORDED_KEYS,
     Config,
-    LimitsConfig,
     change_rule,
     differences,
     help_text,
@@ -23,6 +22,7 @@ from pretrain.config import (
     parse,
     value_of,
 )
+from pretrain.sections import LimitsConfig
 from shards.errors import UserError
 
 KEPT_KEYS = (
@@ -165,12 +165,32 @@ def test_no_objective_is_refused(tiny_config: Callable[..., Path]) -> None:
 @given(st.lists(st.floats(min_value=0.001, max_value=1e6), min_size=5, max_size=5))
 def test_timeouts_must_rise(seconds: list[float]) -> None:
     """C13: a config is accepted exactly if every limit is below the one around it."""
-    names = list(LimitsConfig.model_fields)
+    names = list(LimitsConfig.model_fields)[:5]
     raw = example() | {"limits": dict(zip(names, seconds, strict=True))}
     raw["data"] = {**raw["data"], "decode_deadline_s": 0.0001}
     _, found = parse(raw)
     rises = all(a < b for a, b in itertools.pairwise(seconds))
     assert (not [line for line in found if line.startswith("limits.")]) == rises
+
+
+@pytest.mark.parametrize("section", ["setup", "first_step", "save", "eval"])
+def test_a_section_ends_before_the_collective_around_it(section: Any) -> None:
+    """C13: the rank that hangs is named by its own limit, not by the others' collective."""
+    _, found = parse(example() | {"limits": {f"{section}_limit_s": 1800}})
+    assert found == [
+        f"limits.{section}_limit_s is 1800; it must be below limits.collective_timeout_s (1800): "
+        "lower the one or raise the other"
+    ]
+    config, found = parse(example() | {"limits": {f"{section}_limit_s": 7}})
+    assert config is not None and not found and config.limits.of_section(section) == 7
+    assert LimitsConfig().of_section(section) == 1620
+
+
+def test_checkpoints_kept_for_ever_are_among_those_made() -> None:
+    _, found = parse(example() | {"checkpoint": {"every_steps": 200, "keep_every_steps": 500}})
+    assert found == [
+        "checkpoint.keep_every_steps is 500; it must be a multiple of checkpoint.every_steps (200): use 600"
+    ]
 
 
 def example() -> dict[str, Any]:

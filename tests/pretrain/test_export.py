@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from pretrain import names, proof
 from pretrain.batch import COLOR_RGB24, IMAGENET_MEAN, IMAGENET_STD
 from pretrain.checkpoint import Facts, begin, publish, read_parts, stage, write_part
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from pretrain.data.decode import Frames
 from pretrain.downstream.view import middle_crops
 from pretrain.export import export, export_state
@@ -26,6 +25,7 @@ from pretrain.ledger import LineageHead
 from pretrain.load import encode, load_encoder, load_export
 from pretrain.model.embed import patchify
 from pretrain.objective import ClipKeys, Pretraining
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from shards.errors import UserError
 
 CANARY = "c4n4ry-s3cr3t"

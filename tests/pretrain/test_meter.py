@@ -8,11 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from pretrain.console import Console
 from pretrain.data.loader import LoaderStats
 from pretrain.meter import COUNTS, Meter, data_numbers, peak_flops, rank_numbers
 from pretrain.objective import ClipKeys, Pretraining
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer, decay_groups
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from pretrain.config import TrackConfig
 from pretrain.redact import without_secrets
+from pretrain.sections import TrackConfig
 from pretrain.track import Tracker, read_metrics, read_rows
 
 OFF = TrackConfig()
@@ -188,7 +188,7 @@ def test_wandb_run_keeps_its_id_and_goes_on_where_publication_stopped(run_dir: P
 def test_wandb_loses_nothing_to_a_kill_and_gets_nothing_twice(run_dir: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from pretrain.config import TrackConfig; from pretrain.track import Tracker\n"
+        "from pretrain.sections import TrackConfig; from pretrain.track import Tracker\n"
         "tracker = Tracker(Path(sys.argv[1]), 1, TrackConfig(wandb='offline'))\n"
         "[tracker.write({'kind': 'train', 'step': step, 'loss': 1.0}) for step in range(1, 7)]\n"
         "tracker.publish(4)\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pretrain.config import DataConfig
+from pretrain.sections import DataConfig
 from shards.manifest import build_manifest
 from shards.pack import PackOptions, pack
 from tests.pretrain.data.streams import copy_samples

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config import CacheConfig, DataConfig
 from pretrain.data.loader import ClipLoader
 from pretrain.data.source import open_dataset
 from pretrain.journal import Journal
 from pretrain.ledger import Ledger, commit_lineage
+from pretrain.sections import CacheConfig, DataConfig
 from shards.layout import MANIFEST_NAME, Manifest
 from shards.manifest import build_manifest
 from shards.reader import open_split

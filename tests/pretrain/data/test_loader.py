@@ -22,10 +22,10 @@ import pytest
 import torch
 
 from pretrain.batch import COLOR_RGB24, ClipBatch
-from pretrain.config import DataConfig
 from pretrain.data.augment import to_model_input
 from pretrain.data.loader import ClipLoader
 from pretrain.journal import Journal, JournalRow
+from pretrain.sections import DataConfig
 from shards.errors import SampleError, UserError
 from shards.order import sample_numbers
 from shards.reader import SplitReader, open_split
@@ -434,7 +434,7 @@ def test_a_killed_trainer_leaves_no_worker_behind(hangs: bool, data: Data, tmp_p
     command = worker_that("import ctypes\ndef trap(video): ctypes.PyDLL(None).sleep(1000)") if hangs else None
     script = f"""
         import time
-        from pretrain.config import DataConfig
+        from pretrain.sections import DataConfig
         from pretrain.data.loader import ClipLoader
         data = DataConfig.model_validate({data(workers=2, decode_deadline_s=500).model_dump()!r})
         loader = ClipLoader(data, seed=3, global_batch=6, worker_command={command!r})
@@ -691,9 +691,9 @@ def test_settings_that_cannot_work_are_named(data: Data) -> None:
 
 
 def test_the_readme_loop_in_plain_pytorch(packed: Path) -> None:
-    from pretrain.config import DataConfig
     from pretrain.data.augment import to_model_input
     from pretrain.data.loader import ClipLoader
+    from pretrain.sections import DataConfig
 
     loader = ClipLoader(DataConfig(shards=str(packed), frames=4, workers=1), seed=0, global_batch=8)
     for batch in loader:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataConfig
 from pretrain.data.source import held_out, open_dataset
+from pretrain.sections import DataConfig
 from shards.layout import MANIFEST_NAME, Manifest
 
 Data = Callable[..., DataConfig]

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain import names
-from pretrain.config import MaskedFrameConfig, ObjectiveConfig
 from pretrain.export import model_settings
 from pretrain.load import Geometry
 from pretrain.model.sizes import SIZES
 from pretrain.objective import Pretraining
+from pretrain.sections import MaskedFrameConfig, ObjectiveConfig
 
 
 @pytest.fixture(scope="session")

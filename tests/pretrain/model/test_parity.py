@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from pretrain.batch import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.config import MaskedFrameConfig, ObjectiveConfig
 from pretrain.model.embed import patchify
 from pretrain.model.sizes import SIZES
 from pretrain.objective import ClipKeys, Pretraining
+from pretrain.sections import MaskedFrameConfig, ObjectiveConfig
 
 FRAMES, SIZE = 8, 64
 

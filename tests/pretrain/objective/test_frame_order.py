@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from pretrain.model.embed import patchify, take
 from pretrain.model.sizes import PATCH_VALUES, SIZES, Grid
 from pretrain.model.vit import Encoder
 from pretrain.objective import Pretraining
 from pretrain.objective.frame_order import FrameOrder, slot_motion
 from pretrain.objective.loss import ClipKeys
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from shards.errors import UserError
 
 NANO = SIZES["nano"]

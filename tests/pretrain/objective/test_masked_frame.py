@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config import MaskedFrameConfig
 from pretrain.model.embed import patchify
 from pretrain.model.sizes import SIZES, Grid
 from pretrain.model.vit import Encoder
 from pretrain.objective.loss import ClipKeys
 from pretrain.objective.masked_frame import MaskedFrame
 from pretrain.objective.targets import normalised_pixels
+from pretrain.sections import MaskedFrameConfig
 from shards.errors import UserError
 
 NANO = SIZES["nano"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 from pretrain.objective import OBJECTIVES, ClipKeys, Loss, Pretraining
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig
 
 BOTH = ObjectiveConfig(masked_frame=MaskedFrameConfig(mask_ratio=0.75), frame_order=FrameOrderConfig(weight=0.25))
 FRAMES, SIZE = 8, 64

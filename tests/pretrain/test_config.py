@@ -182,7 +182,9 @@ def test_a_section_ends_before_the_collective_around_it(section: Any) -> None:
         "lower the one or raise the other"
     ]
     config, found = parse(example() | {"limits": {f"{section}_limit_s": 7}})
-    assert config is not None and not found and config.limits.of_section(section) == 7
+    assert config is not None
+    assert not found
+    assert config.limits.of_section(section) == 7
     assert LimitsConfig().of_section(section) == 1620
 
 

@@ -17,7 +17,7 @@ from launch.bench import NUM_REPEATS, Progress, Spread, cpu_s, cpu_used_s, num_c
 from pretrain.config import Config
 from pretrain.data.loader import ClipLoader
 from pretrain.sections import DataConfig
-from pretrain.track import read_metrics
+from pretrain.metrics import read_metrics
 
 SHORTEST_WINDOW_S = 0.6
 FEWEST_REPEATS = 2

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from launch import data_cli
-from launch.screen import AsJson, Overrides, complain, hint, show
+from launch.screen import NEXT, AsJson, Overrides, complain, hint, show
 from shards.errors import UserError
 
 app = typer.Typer(
@@ -56,6 +56,25 @@ def config(
 
 
 @app.command()
+def plan(
+    path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or l40s.")] = "h100",
+    mfu: Annotated[float | None, typer.Option(help="Share of the peak that was measured. Default: assumed.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Parameters, operations, activations by layer.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Memory, network, storage, time and cost of a run on so many GPUs; which stage and micro batch; no GPU needed."""
+    from launch.plan import ASSUMED_MFU, make_plan
+    from launch.plan_page import page
+
+    made = make_plan(path, overrides or [], nodes=nodes, gpus=gpus, gpu=gpu, mfu=mfu or ASSUMED_MFU)
+    show(made.to_json(), as_json, *page(made, layers=layers))
+
+
+@app.command()
 def pretrain(
     path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
     overrides: Overrides = None,
@@ -68,6 +87,58 @@ def pretrain(
     from launch.local import pretrain as start
 
     raise typer.Exit(start(path, overrides or [], ranks, allow_change=change))
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Processes. Default: the GPUs of this node, else 1.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is this machine, or this Slurm allocation, fit for the run? Exit codes: 0 fit, 2 a check failed."""
+    from launch.doctor import doctor as examine
+    from launch.doctor import exit_code, report_lines
+
+    report = examine(path, overrides or [], ranks)
+    show(report, as_json, *report_lines(report, path, overrides or [], ranks))
+    raise typer.Exit(exit_code(report))
+
+
+@app.command()
+def submit(
+    path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00. The run goes on after it.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the cluster's.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--cpus-per-task=12")
+    ] = None,
+    change: Annotated[
+        bool, typer.Option("--change", help="Let a resumed run change steps, schedule, weights (recorded).")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be run.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit slurm/pretrain.sh with a copy of code and config, so that later edits do not change the job."""
+    from launch.submit import Wanted
+    from launch.submit import submit as submit_job
+
+    wanted = Wanted(nodes, gpus, time, partition, tuple(sbatch or ()))
+    result = submit_job(path, overrides or [], wanted, allow_change=change, dry_run=dry_run)
+    following = hint("plan", path, "--nodes", nodes, "--gpus", gpus or 1) if dry_run else hint("status", result.run_dir)
+    show(result.to_json(), as_json, *result.lines(), following)
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+    """Job, step, rate, time left, newest checkpoint, restarts: of a run at work, dead or not begun."""
+    from launch.status import status as look
+
+    result = look(run)
+    show(result.to_json(), as_json, *result.lines())
 
 
 @app.command()
@@ -100,10 +171,19 @@ def replay(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
-    """One self-contained HTML page: curves, rates, restarts, pictures, the audit where one can be made."""
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    wandb: Annotated[
+        bool, typer.Option("--wandb", help="Also make the wandb run anew, offline, from what checkpoints cover.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained HTML page: curves, rates, restarts, goodput, pictures, the audit where one can be made."""
     from launch.report import check_run_folder
     from launch.report import report as write_report
+    from launch.run_folder import read_run
+    from pretrain.attempt import newest_attempt, read_outcome
+    from pretrain.track import rebuild_wandb
     from pretrain.witness import audit_run
 
     check_run_folder(run)
@@ -113,12 +193,24 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: As
     except UserError as error:
         why_no_audit = str(error)
     page = write_report(run, result, why_no_audit=why_no_audit)
+    time = read_run(run).goodput
+    rebuilt = rebuild_wandb(run) if wandb else None
     lines = [f"report: {page}"] + [f"without an audit: {why_no_audit}"] * bool(why_no_audit)
+    if rebuilt is not None:
+        lines.append("wandb: one offline file of all that checkpoints cover; older ones are in wandb/set-aside")
+        if newest_attempt(run) and read_outcome(run) is None:
+            lines.append("the newest start has no outcome: if it is at work, give this command again after its end")
     show(
-        {"report": str(page), "audit": None if result is None else result.exit_code, "why_no_audit": why_no_audit},
+        {
+            "report": str(page),
+            "audit": None if result is None else result.exit_code,
+            "why_no_audit": why_no_audit,
+            "goodput": time.to_json(),
+            "wandb": rebuilt,
+        },
         as_json,
         *lines,
-        hint("export", run, run / "export"),
+        hint("export", run, run / "export") if rebuilt is None else f"{NEXT}{rebuilt}",
     )
 
 

@@ -33,7 +33,7 @@ MARK = "TUBELET_START"
 ORPHAN_GRACE_S = 60.0
 """Ranks whose launcher died end by themselves; those that have not after this long are killed."""
 
-_RANK = b"\0-m\0pretrain.train\0"
+_RANKS = (b"\0-m\0pretrain.train\0", b"\0-m\0pretrain.doctor\0")
 
 
 def pretrain(
@@ -78,12 +78,14 @@ def num_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
-def one_rank(arguments: Sequence[str]) -> list[str]:
+def one_rank(arguments: Sequence[str], *, module: str = "pretrain.train") -> list[str]:
     """The command of a single rank: no launcher in between."""
-    return [sys.executable, "-u", "-m", "pretrain.train", *arguments]
+    return [sys.executable, "-u", "-m", module, *arguments]
 
 
-def several_ranks(arguments: Sequence[str], num_ranks: int, port: int) -> list[str]:
+def several_ranks(
+    arguments: Sequence[str], num_ranks: int, port: int, *, module: str = "pretrain.train"
+) -> list[str]:
     """The command that starts several ranks on this machine through the deepspeed launcher."""
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
@@ -93,7 +95,7 @@ def several_ranks(arguments: Sequence[str], num_ranks: int, port: int) -> list[s
         *("--master_addr", "127.0.0.1"),
         *("--master_port", str(port)),
         "--no_local_rank",  # LOCAL_RANK is in the environment; our command line takes keys only
-        *("--module", "pretrain.train"),
+        *("--module", module),
         *arguments,
     ]
 
@@ -171,7 +173,7 @@ def marked(mark: str, *, only_ranks: bool = False) -> list[int]:
         try:
             if wanted not in (folder / "environ").read_bytes().split(b"\0"):
                 continue  # a zombie reads as empty
-            if only_ranks and _RANK not in (folder / "cmdline").read_bytes():
+            if only_ranks and not any(rank in (folder / "cmdline").read_bytes() for rank in _RANKS):
                 continue
         except OSError:
             continue  # ended meanwhile, or another user's

@@ -9,12 +9,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from launch import outcome
+from launch import cores, outcome
+from launch.interface import LOOPBACK, check_interface, interface_to
+from launch.job import ask, hostnames
 from shards.errors import UserError
 from shards.slice import Slice
 
@@ -31,10 +32,33 @@ def main(arguments: Sequence[str]) -> NoReturn:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(outcome.PERSON_NEEDED)
-    config, overrides = split_arguments(arguments)
+    local_rank, local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
+    mine, words = cores.choose(cores.allowed_cores(), os.environ, local_rank, local_size)
+    if mine is not None:
+        os.sched_setaffinity(0, mine)
+    if local_rank == 0:
+        network = env.get("GLOO_SOCKET_IFNAME") or "left to gloo and NCCL (no interface found)"
+        plural = "s" * (local_size > 1)
+        print(
+            f"node     {env['TUBELET_NODE']}: {local_size} rank{plural}, network {network}, cores {words}", flush=True
+        )
+    is_doctor = list(arguments[:1]) == ["--doctor"]
+    config, overrides = split_arguments(arguments[1:] if is_doctor else arguments)
+    module = "pretrain.doctor" if is_doctor else "pretrain.train"
+    if is_doctor and env["RANK"] == "0":
+        env |= doctor_facts(os.environ)
     # Slurm signals every process of a step. Until the trainer has its handlers, the signal must not kill.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    os.execve(sys.executable, [sys.executable, "-u", "-m", "pretrain.train", config, *overrides], env)
+    os.execve(sys.executable, [sys.executable, "-u", "-m", module, config, *overrides], env)
+
+
+def doctor_facts(slurm: Mapping[str, str]) -> dict[str, str]:
+    """What rank 0 of a check-up is told of Slurm."""
+    from launch.doctor import slurm_facts  # a start of the trainer does without it
+
+    names = hostnames(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or "")
+    counts = slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm.get("SLURM_TASKS_PER_NODE") or slurm["SLURM_NTASKS"]
+    return slurm_facts(slurm, names, [tasks_on_node(counts, number) for number in range(len(names))])
 
 
 def start_token(slurm: Mapping[str, str]) -> str:
@@ -77,7 +101,8 @@ def task_cores(slurm: Mapping[str, str]) -> int:
 
 
 def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS of this task.
+    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT, OMP_NUM_THREADS, TUBELET_NODE of this task,
+    and the network interface where the user has named none.
 
     Ranks come from Slurm's numbers alone, never from host names: several virtual nodes may share one machine.
     Raises `UserError` outside of srun, and where a rank sees a GPU of its own only.
@@ -98,16 +123,37 @@ def rank_environment(slurm: Mapping[str, str]) -> dict[str, str]:
             f"CUDA_VISIBLE_DEVICES is {visible}; {local_size} ranks of a node must see all GPUs of the job, so that "
             "they can reach each other: ask for --gpus-per-node instead of --gpus-per-task"
         )
-    nodes = slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or ""
+    if "TUBELET_HOSTS" in slurm:  # the batch script has asked once for all: inside a container there is no scontrol
+        hosts = slurm["TUBELET_HOSTS"].split("/")
+    else:
+        hosts = meeting_hosts(hostnames(slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or ""))
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_SIZE": str(local_size),
-        "MASTER_ADDR": master_address(hostnames(nodes)),
-        "MASTER_PORT": str(master_port(slurm)),
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": slurm.get("TUBELET_PORT") or str(master_port(slurm)),
         "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS") or slurm.get("SLURM_CPUS_PER_TASK") or "1",
+        "TUBELET_NODE": slurm.get("SLURMD_NODENAME") or socket.gethostname(),
+        **network(hosts, slurm),
     }
+
+
+def network(hosts: Sequence[str], slurm: Mapping[str, str]) -> dict[str, str]:
+    """The variables that tell gloo and NCCL their interface; empty where none can be told. What the user has set stays.
+
+    That of launch.interface, else the one that packets to the first node leave by. The first node asks for the way to
+    the second: its own name often means loopback to itself (127.0.1.1), where nobody else can reach it.
+    """
+    if name := slurm.get("TUBELET_INTERFACE"):
+        found: str | None = check_interface(name)
+    elif len(hosts) == 1:
+        found = LOOPBACK
+    else:
+        found = interface_to(hosts[1] if slurm.get("SLURM_NODEID", "0") == "0" else hosts[0])
+    chosen = {name: slurm.get(name) or found for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    return {name: value for name, value in chosen.items() if value}
 
 
 def tasks_on_node(counts: str, node: int) -> int:
@@ -128,11 +174,6 @@ def master_port(slurm: Mapping[str, str]) -> int:
     return _FIRST_PORT + (job + 4001 * restart) % _NUM_PORTS
 
 
-def hostnames(nodes: str) -> list[str]:
-    """Slurm's short list, as in "gpu[03-05]" -> its names, in rank order."""
-    return _scontrol("show", "hostnames", nodes).split()
-
-
 def resolves(name: str) -> bool:
     """Whether this machine can turn the name into an address."""
     try:
@@ -142,28 +183,34 @@ def resolves(name: str) -> bool:
     return True
 
 
-def master_address(names: Sequence[str], *, known: Callable[[str], bool] = resolves) -> str:
-    """Where rank 0 listens: the first host; its NodeAddr where the name does not resolve; loopback on one node."""
-    if len(names) <= 1:
-        return "127.0.0.1"
-    first = names[0]
-    if known(first):
-        return first
-    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", first, "--oneliner"))
+def free_port(first: int) -> int:
+    """The first port from this one on that nobody on this machine listens at: somebody may have taken ours."""
+    for port in (_FIRST_PORT + (first - _FIRST_PORT + step) % _NUM_PORTS for step in range(_NUM_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise UserError(f"no port from {_FIRST_PORT} to {_FIRST_PORT + _NUM_PORTS} is free here: end what takes them")
+
+
+def meeting_hosts(names: Sequence[str], *, known: Callable[[str], bool] = resolves) -> list[str]:
+    """How the others reach the first node, where rank 0 listens, and the second; of one node alone, loopback."""
+    return [address_of(name, known=known) for name in names[:2]] if len(names) > 1 else ["127.0.0.1"]
+
+
+def address_of(name: str, *, known: Callable[[str], bool] = resolves) -> str:
+    """The name of a node, or its NodeAddr where the name does not resolve. Raises `UserError` if neither does."""
+    if known(name):
+        return name
+    found = re.search(r"\bNodeAddr=(\S+)", ask("scontrol", "show", "node", name, "--oneliner").stdout)
     if found and known(found[1]):
         return found[1]
     raise UserError(
-        f"the first node is {first!r}; the other nodes must be able to resolve it: add it to DNS or /etc/hosts, or "
-        "give it a NodeAddr in slurm.conf"
+        f"one of the first nodes is {name!r}; the other nodes must be able to resolve it: add it to DNS or /etc/hosts, "
+        "or give it a NodeAddr in slurm.conf"
     )
-
-
-def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ p { margin: 8px 0; color: var(--soft); } header p { font-size: 16px; margin: 0 0
 .tile.good b, .tile.fair b, .tile.bad b { font-size: 19px; }
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); }
 .card { padding: 14px 14px 6px; min-width: 0; display: flex; flex-direction: column; }
+@media (min-width: 860px) {
+  .card.wide { grid-column: 1 / -1; display: grid; grid-template-columns: 330px minmax(0, 1fr); column-gap: 24px; }
+  .card.wide h3 { grid-column: 1 / -1; } .card.wide .legend { flex-direction: column; }
+  .card.wide svg { margin: 0; max-width: 600px; } }
+.events { margin-top: 24px; } .events p { font-size: 13px; margin: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; color: var(--soft); margin-bottom: 6px; }
 .legend b { color: var(--ink); font-variant-numeric: tabular-nums; font-weight: 600; }
 .legend i { display: inline-block; width: 16px; border-top: 3px solid var(--c); margin-right: 5px;

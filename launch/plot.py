@@ -45,6 +45,24 @@ def percent(value: float) -> str:
     return f"{text.removesuffix('.0')}\N{NO-BREAK SPACE}%"
 
 
+def seconds(value: float) -> str:
+    """A duration for a plot, in seconds."""
+    return f"{number(value)}\N{NO-BREAK SPACE}s"
+
+
+def duration(value: float) -> str:
+    """A duration for a sentence, in the unit that fits it."""
+    for unit, size in (("days", 172_800), ("h", 7200), ("min", 120)):
+        if abs(value) >= size:
+            return f"{value / {'days': 86_400, 'h': 3600, 'min': 60}[unit]:.3g}\N{NO-BREAK SPACE}{unit}"
+    return seconds(value)
+
+
+def ratio(value: float) -> str:
+    """How many times as much."""
+    return f"{number(value)}\N{MULTIPLICATION SIGN}"
+
+
 def num_bytes(value: float) -> str:
     """A number of bytes for people."""
     text = number(value)
@@ -73,7 +91,8 @@ def plot(curves: Sequence[Curve], form: Format = number, *, from_zero: bool = Fa
         return ""
     steps = [step for curve in curves for step, _ in curve.points]
     values = [value for curve in curves for _, value in curve.points]
-    ticks = nice_ticks(min(0.0, *values) if from_zero else min(values), max(values))
+    top = max(values) or (1.0 if from_zero else 0.0)  # nothing but zeros: on the ground
+    ticks = nice_ticks(min(0.0, *values) if from_zero else min(values), top)
     low, high = min(ticks[0], *values), max(ticks[-1], *values)
     first, last = min(steps), max(max(steps), min(steps) + 1)
 

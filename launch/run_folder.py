@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from launch.goodput import Goodput, Started, goodput
+from pretrain.metrics import Row, read_config, read_metrics, read_rows
 from pretrain.redact import without_secrets
-from pretrain.track import Row, read_config, read_metrics, read_rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,12 @@ class Attempt:
 
     number: int
     world_size: int | None
+    nodes: tuple[str, ...]
+    """Name of the node of each rank; empty where it is not told."""
     time: float | None
+    """Clock time of the start."""
+    ended: float | None
+    """Clock time of the outcome."""
     start: int
     end: int
     kept: int
@@ -38,7 +44,9 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     rows: list[Row]
+    """Those that count."""
     attempts: list[Attempt]
+    goodput: Goodput
 
     def points(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(step, value) of the rows of one kind that have a number there."""
@@ -62,12 +70,16 @@ class Run:
 
 def read_run(run_dir: Path) -> Run:
     """Read what is there."""
+    every_row = read_rows(run_dir)
+    attempts = _read_attempts(run_dir, every_row)
+    started = [Started(each.number, each.time, each.ended, each.outcome, each.end) for each in attempts]
     return Run(
         folder=run_dir.resolve(),
         config=without_secrets(read_config(run_dir)),
         environment=without_secrets(_read_json(run_dir / "environment.json")),
         rows=read_metrics(run_dir),
-        attempts=_read_attempts(run_dir),
+        attempts=attempts,
+        goodput=goodput(started, every_row),
     )
 
 
@@ -79,9 +91,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content) if isinstance(content, dict) else {}
 
 
-def _read_attempts(run_dir: Path) -> list[Attempt]:
+def _read_attempts(run_dir: Path, rows: list[Row]) -> list[Attempt]:
     """From attempts/, and from the metrics how far each one got."""
-    rows = read_rows(run_dir)
     started = {row["attempt"]: row["step"] for row in rows if row["kind"] == "start"}
     numbers = {int(file.stem) for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()}
     attempts: list[Attempt] = []
@@ -95,7 +106,9 @@ def _read_attempts(run_dir: Path) -> list[Attempt]:
             Attempt(
                 number=n,
                 world_size=begun.get("world_size"),
-                time=begun.get("time"),
+                nodes=tuple(str(name) for name in begun.get("nodes") or ()),
+                time=_number(begun.get("time")),
+                ended=_number(ended.get("time")),
                 start=start,
                 end=max(start, end),
                 kept=min([step for later, step in started.items() if later > n], default=max(start, end)),
@@ -105,3 +118,7 @@ def _read_attempts(run_dir: Path) -> list[Attempt]:
             )
         )
     return attempts
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,6 +1,6 @@
-"""What the batch script asks before and after its one srun line: is the config sound, how did it end, what now.
+"""What the batch script asks before and after its one srun line: what is to run, how did it end, what now.
 
-    launch.slurm before CONFIG …   check the config; print the number of the newest attempt
+    launch.slurm before CONFIG …   check the config; print the newest attempt, the prologue, the words of srun
     srun … launch.node CONFIG …    train
     launch.slurm after SINCE CODE CONFIG …   finished -> 0; a person is needed -> 93; else back into the queue
 
@@ -9,38 +9,28 @@ srun's exit code is no guide (143 when a rank asked for another try): the run fo
 
 from __future__ import annotations
 
+import json
 import os
-import re
-import subprocess
+import signal
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch import outcome
-from launch.node import DEMO_CONFIG, split_arguments, start_token
+from launch import job, outcome
+from launch.blame import FORGIVEN, Blame, excluded_nodes
+from launch.container import container_words
+from launch.node import DEMO_CONFIG, free_port, master_port, meeting_hosts, split_arguments, start_token
 from pretrain.attempt import attempt_of, newest_attempt, read_outcome, read_refusal
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from shards.errors import UserError
+from shards.storage import write_atomic
 
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """Starts in a row that end at no newer checkpoint before a person is asked: a crash loop helps nobody."""
 
-_COPIED = {
-    "JobName": "job-name",
-    "Partition": "partition",
-    "Account": "account",
-    "QOS": "qos",
-    "Reservation": "reservation",
-    "Features": "constraint",
-    "TimeLimit": "time",
-    "NumNodes": "nodes",
-    "CPUs/Task": "cpus-per-task",
-    "MinMemoryNode": "mem",
-    "MinMemoryCPU": "mem-per-cpu",
-    "StdOut": "output",
-}
-"""Fields of `scontrol show job` and the sbatch options that ask for the same."""
+NODES = "TUBELET_NODES"
+"""Environment variable: how many nodes the job was submitted for, or the range its copy was."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,8 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     verb, *rest = arguments
     try:
         if verb == "before":
-            print(before(rest))
-            return 0
+            lines = before(rest, os.environ)
+            print("\n".join(lines))
+            return 0 if lines else outcome.TRY_AGAIN
+        # At the time limit, and when the job is requeued, Slurm sends TERM and some seconds later KILL: enough time.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         since, code, *rest = rest
         return after(int(since), int(code), rest, os.environ)
     except UserError as error:
@@ -57,16 +50,40 @@ def main(arguments: Sequence[str]) -> int:
         return outcome.PERSON_NEEDED
 
 
-def before(arguments: Sequence[str]) -> int:
-    """Number of the newest attempt. Raises `UserError` for a config with problems, before any rank starts."""
+def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
+    """Lines for the batch script: the newest attempt, the prologue, then the words between `srun` and the ranks.
+
+    Nothing if the job may not run on the nodes it got and has been replaced. Raises `UserError` for a config with
+    problems, before any rank starts.
+    """
     if split_arguments(arguments)[0] not in arguments:
         _say(f"no config named: running {DEMO_CONFIG}; for yours: sbatch slurm/pretrain.sh CONFIG key=value …")
-    return newest_attempt(_run_dir(arguments))
+    config = _config(arguments)
+    run_dir = Path(config.run.dir)
+    if "\n" in config.launch.prologue.strip():
+        raise UserError("launch.prologue has several lines; it must be one: put them into a FILE, and use: . FILE")
+    exported = ["ALL"]
+    if "SLURM_JOB_NODELIST" in slurm:
+        nodes = job.hostnames(slurm["SLURM_JOB_NODELIST"])
+        if bad := sorted(excluded_nodes(run_dir).keys() & set(nodes)):
+            _say(f"{', '.join(bad)} of this job: blamed twice, see {run_dir}/attempts/")
+            _next(config, arguments, slurm, is_copy=True)
+            return []
+        # `status` finds the job by its comment, `submit` has set it already: nothing depends on this one.
+        job.ask("scontrol", "update", f"JobId={slurm['SLURM_JOB_ID']}", f"Comment={job.mark_of(run_dir)}", patience_s=0)
+        # This is the first node, where rank 0 will listen.
+        exported += [f"TUBELET_HOSTS={'/'.join(meeting_hosts(nodes))}", f"TUBELET_PORT={free_port(master_port(slurm))}"]
+    if config.launch.interface:
+        exported.append(f"TUBELET_INTERFACE={config.launch.interface}")
+    options, prefix = container_words(config, Path(split_arguments(arguments)[0]), slurm)
+    start = str(newest_attempt(run_dir))
+    return [start, config.launch.prologue.strip(), f"--export={','.join(exported)}", *options, *prefix]
 
 
 def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
     """Decide from the run folder what becomes of the job; returns the exit code of the batch script."""
-    run_dir = _run_dir(arguments)
+    config = _config(arguments)
+    run_dir = Path(config.run.dir)
     token = start_token(slurm)
     own = attempt_of(run_dir, token, since)
     ended = read_refusal(run_dir, token) if own is None else read_outcome(run_dir, own)
@@ -74,75 +91,103 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
     decided = outcome.exit_code(run_dir, token=token, since=since, launcher_code=code)
     if decided in (outcome.FINISHED, outcome.PERSON_NEEDED):
         return decided
-    if _no_progress(run_dir, since, slurm):
+    if own is None:
+        _note_unborn(run_dir, token, code)
+    if _no_progress(run_dir, slurm):
         _say(
             f"{MAX_STARTS_WITHOUT_PROGRESS} starts in a row reached no new checkpoint: not queued again. "
             f"Read the log of this job and {run_dir}/logs/, then submit again"
         )
         return outcome.PERSON_NEEDED
-    return requeue(arguments, slurm)
+    return _next(config, arguments, slurm)
 
 
-def requeue(arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
-    """Put this job back into the queue, or a copy of it where that is forbidden. Returns 75.
+def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *, is_copy: bool = False) -> int:
+    """Queue this job again, or a copy of it where that is forbidden or other nodes are to be asked for (`is_copy`).
 
-    `scontrol requeue` ends this process too: everything must be on disk before.
+    Raises `UserError` where too few nodes are left.
     """
-    job = slurm.get("SLURM_JOB_ID", "")
-    shown = _run("scontrol", "show", "job", "--oneliner", job)
-    facts = job_facts(shown.stdout)
-    if facts.get("JobState") == "CANCELLED":
-        _say(f"job {job} was cancelled: not queued again")
+    run_dir, number = Path(config.run.dir), slurm.get("SLURM_JOB_ID", "")
+    facts = job.facts_of(number)
+    if not _is_ours_to_queue(facts):
+        _say(
+            f"job {number} was cancelled or is being ended by Slurm ({facts.get('JobState')}): nothing is done about it"
+        )
         return outcome.TRY_AGAIN
-    again = _run("scontrol", "requeue", job)
-    if again.returncode == 0:
-        _say(f"job {job} is queued again")
+    now = slurm.get(NODES) or slurm.get("SLURM_JOB_NUM_NODES") or facts.get("NumNodes", "1")
+    nodes, left_out = _nodes_to_ask(config, facts, now, has_one_rank_each=slurm.get("SLURM_NTASKS_PER_NODE") == "1")
+    before_that = job.hostnames(facts.get("ExcNodeList", ""))
+    exclude = [*before_that, *(node for node in left_out if node not in before_that)]
+    for node in set(exclude) - set(before_that):
+        reasons = "; ".join(f"attempt {b.attempt}, {b.by}: {b.reason}" for b in left_out[node])
+        _say(f"{node} is excluded from now on: blamed {len(left_out[node])} times ({reasons})")
+    if not is_copy and nodes == now and job.requeue(number, exclude, _say):
         return outcome.TRY_AGAIN
-    _say(f"job {job} cannot be requeued ({again.stderr.strip()}): submitting a copy that follows it")
-    with tempfile.TemporaryDirectory() as folder:
-        script = f"{folder}/{facts.get('JobName', 'tubelet')}"
-        written = _run("scontrol", "write", "batch_script", job, script)
-        copy = _run("sbatch", *copy_options(slurm, facts), script, *arguments) if not written.returncode else written
-    _say(f"{copy.stdout.strip()}{copy.stderr.strip()}")
-    if copy.returncode:
+    if nodes != now:
+        _say(f"the copy of job {number} asks for {nodes} nodes instead of {now}")
+    options = job.copy_options(slurm, facts, run_dir, nodes, exclude)
+    is_submitted, said = job.submit_copy(number, options, arguments, {NODES: nodes})
+    _say(said)
+    if not is_submitted:
         _say("no copy was submitted: submit the same line again by hand")
     return outcome.TRY_AGAIN
 
 
-def job_facts(shown: str) -> dict[str, str]:
-    """`scontrol show job --oneliner` -> its fields; those with spaces in them (Command) are cut short."""
-    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", shown))
+def _is_ours_to_queue(facts: Mapping[str, str]) -> bool:
+    """What somebody cancelled, or Slurm has queued again by itself, is left alone. The time limit is ours."""
+    return facts.get("JobState", "RUNNING") in ("RUNNING", "SUSPENDED") or facts.get("Reason") == "TimeLimit"
 
 
-def copy_options(slurm: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
-    """The sbatch options that give a copy this job's resources: the command line may have overridden the script."""
-    options = [f"--dependency=afterany:{slurm['SLURM_JOB_ID']}"]
-    for field, option in _COPIED.items():
-        value = facts.get(field, "")
-        if value not in ("", "0", "(null)", "N/A"):
-            options.append(f"--{option}={value}")
-    if "SLURM_NTASKS_PER_NODE" in slurm:
-        options.append(f"--ntasks-per-node={slurm['SLURM_NTASKS_PER_NODE']}")
-    gpus = re.fullmatch(r"gres[:/]gpu[:=](.+)", facts.get("TresPerNode", ""))
-    if gpus:
-        options.append(f"--gpus-per-node={gpus[1]}")
-    return options
+def _nodes_to_ask(
+    config: Config, facts: Mapping[str, str], now: str, *, has_one_rank_each: bool
+) -> tuple[str, dict[str, list[Blame]]]:
+    """How many nodes the next start asks for ("8", or "6-8" while fewer can be had), and which it must not get.
+
+    Raises `UserError` where fewer than launch.min_nodes are left.
+    """
+    blamed = excluded_nodes(Path(config.run.dir))
+    states = job.partition_nodes(facts.get("Partition", ""))
+    asked, at_least = int(now.split("-")[-1]), min(config.launch.min_nodes, int(now.split("-")[-1]))
+    if not states:
+        return now, blamed
+    blamed = {node: blames for node, blames in blamed.items() if node in states}
+    remaining = [is_usable for node, is_usable in states.items() if node not in blamed]
+    if len(remaining) < at_least:
+        raise UserError(
+            f"launch.min_nodes is {config.launch.min_nodes}; partition {facts.get('Partition')} has {len(remaining)} "
+            f"nodes besides those blamed twice ({', '.join(blamed)}): lower it, or have these nodes mended and touch "
+            f"{config.run.dir}/{FORGIVEN}; then submit again"
+        )
+    if sum(remaining) >= asked:
+        return str(asked), blamed
+    # Seen with Slurm 22.05: with one task per node it fills a range with its smallest number, with more the largest.
+    least = max(at_least, sum(remaining)) if has_one_rank_each else at_least
+    return f"{least}-{asked}", blamed
 
 
-def _run_dir(arguments: Sequence[str]) -> Path:
+def _config(arguments: Sequence[str]) -> Config:
     config, words = split_arguments(arguments)
-    return Path(load_config(config, [word for word in words if word != "--change"]).run.dir)
+    return load_config(config, [word for word in words if word != "--change"])
 
 
-def _no_progress(run_dir: Path, since: int, slurm: Mapping[str, str]) -> bool:
+def _note_unborn(run_dir: Path, token: str, code: int) -> None:
+    """A start that took no attempt leaves a file too, so that such starts can be counted."""
+    try:
+        (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+        note = json.dumps({"time": time.time(), "srun": code}).encode()
+        write_atomic(run_dir / "attempts" / f"unborn-{token}.json", note + b"\n")
+    except OSError as error:  # perhaps the very cause of it
+        _say(f"{run_dir} cannot be written: {error.strerror}")
+
+
+def _no_progress(run_dir: Path, slurm: Mapping[str, str]) -> bool:
     """Whether the last starts all ended before a new checkpoint, or before they could even take an attempt."""
-    if newest_attempt(run_dir) > since:
-        return outcome.starts_without_progress(run_dir) >= MAX_STARTS_WITHOUT_PROGRESS
-    return int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    if not os.access(run_dir / "attempts", os.W_OK):
+        return int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS
+    saved = [file.stat().st_mtime for file in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
+    unborn = [file.stat().st_mtime for file in (run_dir / "attempts").glob("unborn-*.json")]
+    num_unborn = sum(time > max(saved, default=0.0) for time in unborn)
+    return outcome.starts_without_progress(run_dir) + num_unborn >= MAX_STARTS_WITHOUT_PROGRESS
 
 
 def _say(text: str) -> None:

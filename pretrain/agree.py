@@ -6,7 +6,7 @@ Decisions go over a gloo group of their own, which no device waits for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -37,33 +37,37 @@ class Agreement:
 
     def gather(self, numbers: Mapping[str, float]) -> list[dict[str, float]]:
         """The named numbers of every rank, in the order of ranks; the names may differ between ranks."""
-        text = json.dumps(dict(numbers)).encode()
-        length = self.start_maximum(len(text)).result()
+        return [json.loads(text) for text in self.gather_texts(json.dumps(dict(numbers)))]
+
+    def gather_texts(self, own: str) -> list[str]:
+        """The text of every rank, in the order of ranks."""
+        text = json.dumps(own).encode()
+        length = self.start_maxima([len(text)]).result()[0]
         mine = torch.frombuffer(bytearray(text.ljust(length)), dtype=torch.uint8)
         texts = [torch.empty_like(mine) for _ in range(_dist.get_world_size(self._group))]
         _dist.all_gather(texts, mine, group=self._group)
         return [json.loads(bytes(text.numpy())) for text in texts]
 
-    def start_maximum(self, value: int) -> PendingMaximum:
-        """Begin to find the largest value of all ranks, without waiting for it."""
-        tensor = torch.tensor([value], dtype=torch.int64)
-        return PendingMaximum(tensor, _dist.all_reduce(tensor, _dist.ReduceOp.MAX, self._group, async_op=True))
+    def start_maxima(self, values: Sequence[int]) -> PendingMaxima:
+        """Begin to find the largest of each value over all ranks, without waiting for it."""
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        return PendingMaxima(tensor, _dist.all_reduce(tensor, _dist.ReduceOp.MAX, self._group, async_op=True))
 
     def wait(self) -> None:
         """Until every rank is here."""
         _dist.barrier(self._group)
 
 
-class PendingMaximum:
-    """The largest value of all ranks, once it is known."""
+class PendingMaxima:
+    """The largest values of all ranks, once they are known."""
 
     def __init__(self, tensor: Tensor, work: Any) -> None:
         self._tensor, self._work = tensor, work
 
-    def result(self) -> int:
-        """Wait for it."""
+    def result(self) -> list[int]:
+        """Wait for them."""
         self._work.wait()
-        return int(self._tensor.item())
+        return [int(value) for value in self._tensor.numpy()]
 
 
 def sum_over_ranks(tensor: Tensor) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,9 +20,9 @@ from pretrain.redact import without_secrets
 from shards.errors import UserError
 from shards.storage import write_atomic
 
-Kind = Literal["finished", "stopped", "failed", "person"]
+Kind = Literal["finished", "stopped", "failed", "rolled_back", "person"]
 
-EXIT_CODES: dict[Kind, int] = {"finished": 0, "stopped": 75, "failed": 75, "person": 93}
+EXIT_CODES: dict[Kind, int] = {"finished": 0, "stopped": 75, "failed": 75, "rolled_back": 75, "person": 93}
 """75: try again, the run goes on by itself. 93: starting again would not help, a person is needed."""
 
 
@@ -31,6 +33,8 @@ class Outcome:
     outcome: Kind
     step: int
     reason: str
+    blamed: tuple[int, ...] = ()
+    """Ranks that a watchdog found at fault."""
 
     @property
     def exit_code(self) -> int:
@@ -87,8 +91,13 @@ def read_refusal(run_dir: Path, token: str) -> Outcome | None:
     return Outcome("person", 0, str(reason))
 
 
-def take_attempt(run_dir: Path, world_size: int) -> int:
-    """Take the next attempt number by exclusive create."""
+def node_name() -> str:
+    """Name of the node this rank runs on: Slurm's, which knows virtual nodes apart, else the host's."""
+    return os.environ.get("TUBELET_NODE") or socket.gethostname()
+
+
+def take_attempt(run_dir: Path, nodes: Sequence[str]) -> int:
+    """Take the next attempt number by exclusive create. `nodes`: name of the node of each rank."""
     folder = run_dir / "attempts"
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -97,7 +106,8 @@ def take_attempt(run_dir: Path, world_size: int) -> int:
             descriptor = os.open(folder / f"{number:04d}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         except FileExistsError:
             continue
-        start = {"attempt": number, "time": time.time(), "world_size": world_size, "start": start_token()}
+        start: dict[str, Any] = {"attempt": number, "time": time.time(), "world_size": len(nodes)}
+        start |= {"start": start_token(), "nodes": list(nodes)}
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(start) + "\n")
             file.flush()
@@ -132,6 +142,7 @@ def read_outcome(run_dir: Path, attempt: int | None = None) -> Outcome | None:
     number = newest_attempt(run_dir) if attempt is None else attempt
     try:
         fields = cast(dict[str, Any], json.loads((run_dir / "attempts" / f"{number:04d}.outcome.json").read_text()))
-        return Outcome(fields["outcome"], int(fields["step"]), str(fields["reason"]))
+        blamed = tuple(int(rank) for rank in fields.get("blamed", ()))
+        return Outcome(fields["outcome"], int(fields["step"]), str(fields["reason"]), blamed)
     except (OSError, ValueError, KeyError):
         return None

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.decisions import withheld_steps
 from pretrain.journal import read_journal
 from pretrain.ledger import (
     ROW_DTYPE,
@@ -84,7 +85,7 @@ class AuditResult:
     """The verdict for scripts (`exit_code`, `counts`) and for people (`lines`)."""
 
     exit_code: int
-    """0 exact; 3 exact but for the positions that the journal lists; 1 violated."""
+    """0 exact; 3 exact but for what the journal lists as replaced or withheld; 1 violated."""
     lines: tuple[str, ...]
     counts: dict[str, int]
     substituted: dict[str, int]
@@ -147,11 +148,14 @@ class _Proof:
     _due: dict[tuple[int, int], _Once] = field(default_factory=dict[tuple[int, int], "_Once"])
     """Source and epoch -> what of it was due so far; whole epochs are checked and let go."""
     _reasons: dict[tuple[int, int, int], str] = field(default_factory=dict[tuple[int, int, int], str])
+    _withheld: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
+    """(first, stop, reason) of the steps that all ranks decided not to apply."""
 
     def __post_init__(self) -> None:
         try:
             for row in read_journal(self.run_dir / "journal"):
                 self._reasons[row.position, row.wanted, row.substitute] = row.reason
+            self._withheld = withheld_steps(self.run_dir / "journal")
         except UserError as error:
             self.wrong("journal", str(error))
         self._journal_positions: Ints = np.unique([key[0] for key in self._reasons]).astype(np.int64)
@@ -184,12 +188,32 @@ class _Proof:
                 self._wrong_rows("repeated", "consumed again", segment, rows, again)
                 twice = self._mark_due(rows[~again], epoch_R[~again])
                 self._wrong_rows("epoch", "its sample was due before in this epoch", segment, rows[~again], twice)
+        self.counts["clips"] += int(clips.seen.sum())
+        self._withhold(clips, begin, link)
         self._check_missing(clips, first, begin, link)
         for epoch in epochs:
             if epoch.is_whole:
                 self._check_epoch(epoch, self._due.pop((epoch.source, epoch.number)))
-        self.counts["clips"] += int(clips.seen.sum())
         self.counts["commits"] += 1
+
+    def _withhold(self, clips: _Once, begin: int, link: Link) -> None:
+        """Steps that were decided not to be applied: none of their clips may be here, and none is missing."""
+        witness = self.witness
+        steps = {s: why for a, b, why in self._withheld for s in range(max(a, begin), min(b, link.step))}
+        for step, reason in sorted(steps.items()):
+            clip = np.arange(step * witness.global_batch, (step + 1) * witness.global_batch)
+            place = clip - begin * witness.global_batch
+            if num := int(clips.seen[place].sum()):
+                text = f"step {step}: {num} clips were consumed, though it was given up ({reason})"
+                self.wrong("withheld", text, num)
+            clips.seen[place] = True
+            due = np.zeros(len(clip), ROW_DTYPE)
+            position, due["draw"] = np.divmod(clip, witness.clips_per_video)
+            epoch, due["wanted"] = witness.data.places(position)
+            self._mark_due(due, epoch)
+            self.counts["withheld"] += len(clip)
+            if len(self._listed) < NUM_SHOWN:
+                self._listed.append(f"step {step}: not applied, {len(clip)} clips withheld ({reason})")
 
     def _mark_due(self, rows: NDArray[np.void], epoch_R: Ints) -> NDArray[np.bool_]:
         """Mark the samples that the order asked for; True where one was due before in its epoch."""
@@ -319,7 +343,8 @@ class _Proof:
         self.counts.update(abandoned_files=files, abandoned_rows=rows, torn_tails=torn)
         self.counts.update(attempts=self.attempts, substituted=self.substituted.total())
         self.counts.update({f"wrong_{kind}": num for kind, num in self._num_wrong.items()})
-        code = VIOLATED if self._num_wrong else EXACT_BUT_LISTED if self.substituted else EXACT
+        has_list = bool(self.substituted or self.counts["withheld"])
+        code = VIOLATED if self._num_wrong else EXACT_BUT_LISTED if has_list else EXACT
         return AuditResult(code, tuple(self._lines(code)), dict(self.counts), dict(self.substituted))
 
     def _lines(self, code: int) -> Iterator[str]:
@@ -336,6 +361,7 @@ class _Proof:
                 if self._num_wrong[kind] > len(texts):
                     yield f"    … and {self._num_wrong[kind] - len(texts)} more"
         else:
+            due -= counts["withheld"]
             yield f"  {due} clips of steps 0..{steps - 1}: each consumed once, in the order that the seed gives"
             yield f"  {counts['epochs']} whole epochs: each of {self.witness.data.num_samples} samples exactly once"
             yield f"  {counts['rows']} checksums: the bytes that were decoded are those of the manifest"
@@ -345,10 +371,12 @@ class _Proof:
             )
         if self.substituted:
             by_reason = ", ".join(f"{reason} {num}" for reason, num in sorted(self.substituted.items()))
-            yield f"  {self.substituted.total()} clips replaced as the journal says ({by_reason}):"
-            yield from (f"    {text}" for text in self._listed)
-            if self.substituted.total() > len(self._listed):
-                yield f"    … and {self.substituted.total() - len(self._listed)} more, see journal/"
+            yield f"  {self.substituted.total()} clips replaced as the journal says ({by_reason})"
+        if counts["withheld"]:
+            yield f"  {counts['withheld']} clips withheld: their steps were not applied, as the journal says"
+        yield from (f"    {text}" for text in self._listed)
+        if len(self._listed) == NUM_SHOWN:
+            yield "    all of them: journal/"
         if counts["abandoned_files"]:
             torn = f", {counts['torn_tails']} with a torn end" if counts["torn_tails"] else ""
             yield (
@@ -357,7 +385,7 @@ class _Proof:
             )
 
 
-_COUNTS = ("clips", "rows", "epochs", "segments", "commits")
+_COUNTS = ("clips", "rows", "epochs", "segments", "commits", "withheld")
 _KINDS = {
     "lineage": "the chain of commits is broken",
     "journal": "the journal cannot be read",
@@ -368,6 +396,7 @@ _KINDS = {
     "missing": "clips never consumed",
     "order": "wrong sample asked for",
     "substitute": "wrong sample delivered",
+    "withheld": "clips consumed in steps that were not to be applied",
     "bytes": "wrong bytes decoded",
     "epoch": "epochs not complete",
 }

@@ -21,10 +21,10 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  # half typed there
 from torch import Tensor
 
 from pretrain.ledger import LineageHead, Segment
+from pretrain.tensorfile import write_tensors
 from shards.errors import UserError
 from shards.storage import write_atomic
 
@@ -67,47 +67,50 @@ class Facts:
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def begin(run_dir: Path, step: int, attempt: int) -> Path:
-    """The folder this save is staged in, empty. Rank 0 calls this before the others write."""
-    staging = staging_folder(run_dir, step, attempt)
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def staging_folder(run_dir: Path, step: int, attempt: int) -> Path:
-    """Carries the attempt number: two attempts never write into one folder."""
-    return run_dir / "checkpoints" / f"{NAME.format(step)}.{attempt:04d}.tmp"
+def staging_folder(run_dir: Path, step: int, attempt: int, number: int = 0) -> Path:
+    """Where a save is put together. Attempt and number of the save are in its name: no two saves share a folder."""
+    return run_dir / "checkpoints" / f"{NAME.format(step)}.{attempt:04d}.{number}.tmp"
 
 
 def write_part(
-    staging: Path, rank: int, slices: Iterable[tuple[str, str, int, Tensor]], segment: Segment | None
-) -> None:
-    """One rank's share: its slices (name, state, offset, flat fp32 values) and the ledger segment it sealed."""
+    staging: Path, rank: int, slices: Iterable[tuple[str, str, int, Tensor]], segments: Sequence[Segment] = ()
+) -> int:
+    """One rank's share: its slices (name, state, offset, flat fp32 values in CPU memory) and the ledger segments it
+    sealed since the last commit. Returns the bytes written; raises OSError where the disk refuses.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     entries: list[list[Any]] = []
     name = f"rank-{rank:05d}.safetensors"
     for parameter, state, offset, values_K in slices:
         key = f"{parameter}|{state}|{offset}"
-        tensors[key] = values_K.detach().to("cpu").contiguous()
+        tensors[key] = values_K
         entries.append([parameter, state, offset, values_K.numel(), key])
-    save_file(tensors, staging / name)
-    _fsync(staging / name)
+    num_bytes, sha256 = write_tensors(staging / name, tensors)
     part = {
         "file": name,
-        "bytes": (staging / name).stat().st_size,
-        "sha256": file_sha256(staging / name),
+        "bytes": num_bytes,
+        "sha256": sha256,
         "slices": entries,
-        "segment": None if segment is None else asdict(segment),
+        "segments": [asdict(segment) for segment in segments],
     }
-    write_atomic(staging / f"part-{rank:05d}.json", json.dumps(part).encode())
+    write_atomic(_part(staging, rank), json.dumps(part).encode())
+    return num_bytes
+
+
+def _part(staging: Path, rank: int) -> Path:
+    return staging / f"part-{rank:05d}.json"
+
+
+def has_part(staging: Path, rank: int) -> bool:
+    """Whether a rank has written its share, all of it on disk."""
+    return _part(staging, rank).exists()
 
 
 def read_parts(staging: Path, num_ranks: int) -> tuple[list[dict[str, Any]], list[Segment]]:
     """What the ranks wrote, once all of them have; rank 0 only."""
-    parts = [json.loads((staging / f"part-{rank:05d}.json").read_text()) for rank in range(num_ranks)]
-    return parts, [Segment(**part["segment"]) for part in parts if part["segment"] is not None]
+    parts = [json.loads(_part(staging, rank).read_text()) for rank in range(num_ranks)]
+    return parts, [Segment(**segment) for part in parts for segment in part["segments"]]
 
 
 def stage(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], lineage: LineageHead) -> None:
@@ -126,7 +129,7 @@ def stage(staging: Path, facts: Facts, parts: Sequence[Mapping[str, Any]], linea
     }
     manifest["sha256"] = _manifest_hash(manifest)
     for rank in range(len(parts)):
-        (staging / f"part-{rank:05d}.json").unlink()
+        _part(staging, rank).unlink()
     write_atomic(staging / "manifest.json", json.dumps(manifest).encode())
 
 
@@ -134,38 +137,46 @@ def publish(staging: Path, step: int) -> Path:
     """The commit: rename, then pointer. Rank 0 only."""
     folder = staging.parent / NAME.format(step)
     if folder.exists():  # a broken one: a whole one would have been resumed from
-        _discard(folder)
+        discard(folder)
     staging.rename(folder)
     _fsync(folder.parent)
     write_atomic(folder.parent / "latest", f"{folder.name}\n".encode())
     return folder
 
 
-def keep_newest(run_dir: Path, count: int, step: int, attempt: int) -> None:
-    """After the commit of `step`: delete all but the newest checkpoints, and what this and older attempts left staged.
+def kept_steps(steps: Sequence[int], count: int, every_steps: int) -> list[int]:
+    """Which checkpoints are kept: the newest `count`, and those of multiples of `every_steps` (0: none) for ever."""
+    newest_first = sorted(steps, reverse=True)
+    return [s for n, s in enumerate(newest_first) if n < count or (every_steps and s % every_steps == 0)]
+
+
+def keep_newest(run_dir: Path, count: int, step: int, attempt: int, every_steps: int = 0) -> None:
+    """After the commit of `step`: delete all but `kept_steps`, and what this and older attempts left staged.
 
     A checkpoint of a later step was found broken at the start, else the run would have gone on from it: it does not
     count, and goes.
     """
     folders = candidates(run_dir)
-    later = [folder for folder in folders if _step_of(folder) > step]
-    for folder in (*later, *folders[len(later) :][count:]):
-        _discard(folder)
+    kept = kept_steps([s for folder in folders if (s := step_of(folder)) <= step], count, every_steps)
+    for folder in folders:
+        if step_of(folder) not in kept:
+            discard(folder)
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
         owner = leftover.name.split(".")[1]
         if not owner.isdigit() or int(owner) <= attempt:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _discard(folder: Path) -> None:
-    """Rename first: never a moment in which a half-deleted folder bears a whole one's name."""
+def discard(folder: Path) -> None:
+    """Delete a checkpoint. Rename first: never a moment in which a half-deleted folder bears a whole one's name."""
     doomed = folder.with_name(f"{folder.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder, from its name."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -265,13 +276,13 @@ class Checkpoint:
 def candidates(run_dir: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest step first."""
     folders = [f for f in (run_dir / "checkpoints").glob("step-*") if f.name.removeprefix("step-").isdigit()]
-    return sorted(folders, key=_step_of, reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def newest(run_dir: Path, at_most: int | None = None) -> Checkpoint | None:
     """The newest whole checkpoint (of step `at_most` or earlier), verified; None where the run has none."""
     broken: list[str] = []
-    found = [f for f in candidates(run_dir) if at_most is None or _step_of(f) <= at_most]
+    found = [f for f in candidates(run_dir) if at_most is None or step_of(f) <= at_most]
     for folder in found:
         try:
             checkpoint = Checkpoint(folder)

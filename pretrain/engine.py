@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pretrain.agree import sum_over_ranks
 from pretrain.batch import ClipBatch
+from pretrain.comm import time_collectives
 from pretrain.data.augment import to_model_input
 from pretrain.objective import ClipKeys, Loss, Pretraining
 from pretrain.sections import TrainConfig, ZeroConfig
@@ -54,7 +55,18 @@ class StepReport:
     """Name -> tensor of two numbers (sum, count)."""
     batches: list[ClipBatch] = field(default_factory=list[ClipBatch])
     """The micro batches as they were consumed; their bookkeeping feeds the ledger."""
+    is_finite_B: list[Tensor] = field(default_factory=list[Tensor])
+    """Of each micro batch, which clips had only losses that are numbers; on the device."""
     is_applied: bool = True
+
+    def bad_samples(self) -> set[int]:
+        """Samples of this rank with a loss that is no number. Waits for the device."""
+        return {
+            int(sample)
+            for batch, is_finite_B in zip(self.batches, self.is_finite_B, strict=True)
+            for sample in batch.sample_B[~is_finite_B.cpu()].numpy()
+            if sample >= 0
+        }
 
     def add(self, name: str, total: Tensor, count: Tensor) -> None:
         """Add to the running (sum, count) of one name."""
@@ -179,6 +191,7 @@ class Engine:
                 config=settings,
             )
         self._engine: Any = built[0]
+        self._comm = time_collectives(_deepspeed().comm.comm.cdb)
         self._sharded: Any = built[1]
         self._optimizer: torch.optim.Optimizer = optimizer if zero.stage == 0 else self._sharded.optimizer
         self.module = cast(Pretraining, self._engine.module)
@@ -198,10 +211,13 @@ class Engine:
         for batch in batches:
             losses, weight_B = self._forward(batch, baselines=False)
             total = self._account(losses, weight_B, report)
-            self._engine.backward(total * (self._world.size * self.num_micro_steps / self._global_batch))
+            report.is_finite_B.append(_is_finite_B(losses))
+            # A loss that is no number can have a gradient that is one: it must not be applied either.
+            poison = torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)
+            self._engine.backward(total * poison * (self._world.size * self.num_micro_steps / self._global_batch))
             self._engine.step()
             report.batches.append(batch)
-        # DeepSpeed drops a step whose gradient is not finite; torch's plain optimizer at stage 0 does not.
+        # DeepSpeed drops a step whose gradient is not finite; at stage 0 `_clip_whole` does.
         report.is_applied = bool(self._engine.was_step_applied()) and self._is_finite()
         return report
 
@@ -209,11 +225,12 @@ class Engine:
     def evaluate(self, batches: Iterable[ClipBatch]) -> StepReport:
         """Losses, and what trivial predictors would lose on the same tokens. Changes no state."""
         self._engine.eval()
-        report = StepReport()
+        waited_s, report = self._comm.waited_s, StepReport()
         for batch in batches:
             losses, weight_B = self._forward(batch, baselines=True)
             self._account(losses, weight_B, report)
         self._engine.train()
+        self._comm.waited_s = waited_s  # that was no training
         return report
 
     def _forward(self, batch: ClipBatch, *, baselines: bool) -> tuple[dict[str, Loss], Tensor]:
@@ -249,6 +266,21 @@ class Engine:
         sums = dict(zip(names, sums_K2.cpu().numpy(), strict=True))
         return {name: float(total / count) for name, (total, count) in sums.items() if count}
 
+    def means(self, pairs: Sequence[Tensor]) -> list[float]:
+        """Each (sum, count) of this rank as a mean over all ranks: one collective for all of them."""
+        if not pairs:
+            return []
+        sums_K2 = torch.stack(list(pairs))
+        sum_over_ranks(sums_K2)
+        return [float(total / count) for total, count in sums_K2.cpu().numpy()]
+
+    def comm_wait_s(self) -> float | None:
+        """Seconds this rank has waited inside collectives of training since the last call; None where the device
+        waits and not the processor.
+        """
+        waited_s, self._comm.waited_s = self._comm.waited_s, 0.0
+        return waited_s if self.device.type == "cpu" else None
+
     def grad_norm(self) -> float | None:
         """Norm of the whole gradient of the last step, before clipping."""
         norm = self._whole_norm if self._stage == 0 else self._engine.get_global_grad_norm()
@@ -258,8 +290,16 @@ class Engine:
         return self._whole_norm is None or bool(torch.isfinite(self._whole_norm))
 
     def _clip_whole(self, clip_norm: float) -> None:
-        """Stage 0, just before the optimizer: every rank has the whole gradient."""
+        """Stage 0, just before the optimizer: every rank has the whole gradient. One that is not finite goes, so that
+        torch's optimizer leaves weights, moments and its step alone.
+        """
         self._whole_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), clip_norm or float("inf"))
+        if not self._is_finite():
+            self._engine.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds on to, so that another engine can be built in this process."""
+        self._engine.destroy()
 
     # ------------------------------------------------------------------------------------------ states
 
@@ -378,6 +418,10 @@ class Engine:
             if len(kept_whole):
                 kept_whole[0].partition(kept_whole)
                 kept_whole[0].all_gather(kept_whole)
+
+
+def _is_finite_B(losses: Mapping[str, Loss]) -> Tensor:
+    return torch.stack([torch.isfinite(loss.value_B.detach()) for loss in losses.values()]).all(0)
 
 
 def _share(numel: int, world: World) -> tuple[int, int]:

@@ -83,18 +83,34 @@ class Ledger:
         self._num_rows += len(rows)
         self._hash.update(data)
 
-    def seal(self) -> Segment | None:
-        """Bring the open segment to disk and close it; the next `record` opens another.
-
-        Returns None if nothing was recorded since the last call.
-        """
+    def cut(self) -> OpenSegment | None:
+        """End the open segment; the next `record` opens another. None if nothing was recorded since the last cut."""
         if self._open is None:
             return None
-        os.fsync(self._open.fileno())
-        self._open.close()
+        ended = OpenSegment(self._folder, self._open, Segment(self._name, self._num_rows, self._hash.hexdigest()))
         self._open = None
+        return ended
+
+    def seal(self) -> Segment | None:
+        """Cut, and bring to disk."""
+        ended = self.cut()
+        return None if ended is None else ended.seal()
+
+
+@dataclass(frozen=True)
+class OpenSegment:
+    """A segment that gets no more rows and is not yet on disk: bringing it there may be another thread's work."""
+
+    _folder: Path
+    _file: BinaryIO
+    _segment: Segment
+
+    def seal(self) -> Segment:
+        """Bring it to disk. Raises OSError where the disk refuses: then its rows must never be committed."""
+        os.fsync(self._file.fileno())
+        self._file.close()
         fsync_folder(self._folder)
-        return Segment(self._name, self._num_rows, self._hash.hexdigest())
+        return self._segment
 
 
 def _rows_of(step: int, batch: ClipBatch) -> NDArray[np.void]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import resource
+import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ COUNTS = (
 )
 """Counts of the loader that a row sums over the ranks; `substituted/REASON` beside them."""
 _SUBSTITUTED = "substituted/"
+MAX_RANKS_LISTED = 64
+"""Above this many ranks a row names only the slowest."""
 
 
 def _alone(numbers: Mapping[str, float]) -> list[RankNumbers]:
@@ -105,12 +108,13 @@ class Meter:
         """Length of the last section of that name."""
         return self._last_s[name]
 
-    def row(self, stats: LoaderStats) -> dict[str, Any]:
+    def row(self, stats: LoaderStats, comm_wait_s: float | None = None) -> dict[str, Any]:
         """Rates since the last row; call it right after a step, on every rank: it is a collective.
 
-        Time is this rank's (the ranks step together), memory the fullest rank's, everything about data of all ranks:
-        see `data_numbers`. `mfu` is null on hardware whose peak is unknown, `gpu_memory_bytes` (peak since the last
-        row) on CPUs.
+        `comm_wait_s`: what this rank has waited inside collectives since the last row, where that is known. Time is
+        this rank's (the ranks step together), memory the fullest rank's, everything about data of all ranks: see
+        `data_numbers`, `rank_times`. `mfu` is null on hardware whose peak is unknown, `gpu_memory_bytes` (peak since
+        the last row) on CPUs.
         """
         assert self._since_s is not None, "row() before the first step"
         now_s = self._clock()
@@ -120,6 +124,7 @@ class Meter:
         ranks = self._gather(
             {
                 **rank_numbers(stats),
+                **({} if comm_wait_s is None else {"comm_wait_s": comm_wait_s}),
                 "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "gpu_memory_bytes": self._gpu_memory_bytes(),
             }
@@ -132,6 +137,7 @@ class Meter:
             "memory_bytes": max(rank["memory_bytes"] for rank in ranks),
             "gpu_memory_bytes": gpu_memory_bytes if self._device.type == "cuda" else None,
             **data_numbers(ranks, training_s),
+            **rank_times(ranks, training_s, num_steps),
         }
 
     def _mfu(self, step_s: float | None) -> float | None:
@@ -189,6 +195,32 @@ def data_numbers(ranks: Sequence[Mapping[str, float]], training_s: float) -> dic
         "decode_ms": 1000 * sum(rank["decode_s"] for rank in ranks) / num_clips if num_clips else None,
         **{name: int(sum(rank[name] for rank in ranks)) for name in COUNTS},
         **{name: int(sum(rank.get(name, 0) for rank in ranks)) for name in reasons},
+    }
+
+
+def rank_times(ranks: Sequence[Mapping[str, float]], training_s: float, num_steps: int) -> dict[str, Any]:
+    """Where a step's time goes, in seconds per step: what tells a straggler from those that wait for it.
+
+    data_wait_s, comm_wait_s, compute_s    means over the ranks; compute is what is left of the step
+    ranks/…                                each of them by rank, up to MAX_RANKS_LISTED ranks
+    slowest_compute_rank                   the rank that computes longest, and
+    slowest_compute_ratio                  how much longer than the median rank
+
+    Null, and no list, where the waits inside collectives are not known (devices that run behind the host).
+    """
+    names = ("data_wait_s", "comm_wait_s", "compute_s")
+    if not num_steps or any("comm_wait_s" not in rank for rank in ranks):
+        return dict.fromkeys((*names, "slowest_compute_rank", "slowest_compute_ratio"))
+    data = [rank["wait_s"] / num_steps for rank in ranks]
+    comm = [rank["comm_wait_s"] / num_steps for rank in ranks]
+    compute = [max(0.0, training_s / num_steps - d - c) for d, c in zip(data, comm, strict=True)]
+    middle = statistics.median(compute)
+    lists = dict(zip(names, (data, comm, compute), strict=True))
+    return {
+        **{name: statistics.fmean(values) for name, values in lists.items()},
+        **({f"ranks/{name}": values for name, values in lists.items()} if len(ranks) <= MAX_RANKS_LISTED else {}),
+        "slowest_compute_rank": compute.index(max(compute)),
+        "slowest_compute_ratio": max(compute) / middle if middle else None,
     }
 
 

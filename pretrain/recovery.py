@@ -10,15 +10,16 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.agree import Agreement
-from pretrain.attempt import refuse_superseded
-from pretrain.checkpoint import BrokenCheckpoint, Checkpoint, Facts
+from pretrain.checkpoint import BrokenCheckpoint, Checkpoint, Facts, candidates, step_of
 from pretrain.config import Config, differences, parse
 from pretrain.data.loader import ClipLoader
 from pretrain.data.source import specs
+from pretrain.decisions import Decisions
 from pretrain.engine import Engine
-from pretrain.ledger import Ledger, LineageHead, commit_lineage
+from pretrain.ledger import Ledger
 from pretrain.load import load_state
 from pretrain.redact import without_secrets
+from pretrain.saver import Saver
 from pretrain.world import World
 from shards.errors import UserError
 from shards.source import load_manifests
@@ -38,16 +39,20 @@ class Recovery:
     engine: Engine
     loader: ClipLoader
     ledger: Ledger
+    saver: Saver
+    decisions: Decisions
     versions: dict[str, str]
-    lineage: LineageHead | None = None
-    """Of the newest checkpoint of this run; kept up to date on rank 0 alone."""
     changes: tuple[str, ...] = ()
 
     def resume(self, *, allow_change: bool) -> int:
         """Restore the newest whole checkpoint, if the run has one. Returns the step to go on from.
 
-        Which one is decided by all ranks: each verifies a share of the files, and one broken file rules it out.
+        Which one is decided by all ranks: each verifies a share of the files, and one broken file rules it out. What a
+        roll-back left behind is deleted first.
         """
+        if self.world.is_first:
+            self._delete_void()
+        self.agreement.wait()
         chosen = self._choose()
         if chosen is None:
             return 0
@@ -56,35 +61,21 @@ class Recovery:
         self.engine.restore(chosen.read, facts.optimizer_steps)
         self.engine.restore_buffers(lambda name: chosen.read(name, "buffer", 0, chosen.numel(name, "buffer")))
         self.loader.load_state_dict(facts.cursor)
-        self.lineage = chosen.lineage
+        self.saver.resumed_from(chosen.lineage, (chosen.folder / "manifest.json").stat().st_mtime)
         self.agreement.wait()
         log.info("resumed from %s (step %d)", chosen.folder, facts.step)
         return facts.step
 
-    def save(self, step: int) -> Path:
-        """Write the checkpoint of `step`: all seal the ledger and write parts, rank 0 commits, then all go on."""
-        refuse_superseded(self.run_dir, self.attempt)
-        staging = checkpoint.staging_folder(self.run_dir, step, self.attempt)
-        if self.world.is_first:
-            checkpoint.begin(self.run_dir, step, self.attempt)
-        self.agreement.wait()
-        segment = self.ledger.seal()
+    def begin_save(self, step: int) -> None:
+        """Begin the checkpoint of `step`, after it, on every rank: all copy what they own and go on."""
         slices = [(s.name, s.state, s.offset, s.values_K) for s in self.engine.slices()]
         if self.world.is_first:
             slices += [(name, "buffer", 0, buffer.reshape(-1)) for name, buffer in self.engine.buffers().items()]
-        checkpoint.write_part(staging, self.world.rank, slices, segment)
-        self.agreement.wait()
-        if self.world.is_first:
-            self.lineage = self._commit(staging, step)
-        self.agreement.wait()
-        return self.run_dir / "checkpoints" / checkpoint.NAME.format(step)
+        self.saver.begin(step, slices, self.ledger.cut(), self._facts(step) if self.world.is_first else None)
 
-    def _commit(self, staging: Path, step: int) -> LineageHead:
-        parts, segments = checkpoint.read_parts(staging, self.world.size)
-        refuse_superseded(self.run_dir, self.attempt)
-        lineage = commit_lineage(self.run_dir / "ledger", step, self.attempt, segments, self.lineage)
+    def _facts(self, step: int) -> Facts:
         shapes = self.engine.parameters() | {name: tuple(b.shape) for name, b in self.engine.buffers().items()}
-        facts = Facts(
+        return Facts(
             step=step,
             optimizer_steps=self.engine.optimizer_steps,
             attempt=self.attempt,
@@ -94,12 +85,36 @@ class Recovery:
             versions=self.versions,
             changes=list(self.changes),
         )
-        checkpoint.stage(staging, facts, parts, lineage)
-        refuse_superseded(self.run_dir, self.attempt)
-        checkpoint.publish(staging, step)
-        refuse_superseded(self.run_dir, self.attempt)
-        checkpoint.keep_newest(self.run_dir, self.config.checkpoint.keep, step, self.attempt)
-        return lineage
+
+    def step_before(self, first: int) -> int | None:
+        """Step of the checkpoint that a roll-back over steps from `first` on goes to; None where there is none at all.
+
+        The newest whole one from before; where all are later (only skipped steps lie between: nothing in them is
+        wrong), the oldest. Rank 0 decides.
+        """
+        step = -1
+        if self.world.is_first:
+            whole = [s for s in map(step_of, candidates(self.run_dir)) if self._is_whole(s)]
+            step = max([s for s in whole if s <= first], default=min(whole, default=-1))
+        step = self.agreement.from_first(step)
+        return None if step < 0 else step
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            opened = Checkpoint(self.run_dir / "checkpoints" / checkpoint.NAME.format(step))
+        except BrokenCheckpoint:
+            return False
+        return not opened.broken_files(opened.files)
+
+    def _delete_void(self) -> None:
+        for folder in candidates(self.run_dir):
+            try:
+                facts = Checkpoint(folder).facts
+            except BrokenCheckpoint:
+                continue
+            if self.decisions.is_void(facts.step, facts.attempt):
+                log.warning("%s was rolled back: deleted", folder)
+                checkpoint.discard(folder)
 
     def _choose(self) -> Checkpoint | None:
         """Newest first; rank 0 names a candidate, every rank checks its share of it, all must agree."""

@@ -212,7 +212,7 @@ class CheckpointConfig(Section):
     mirror: LocalPath | None = None
     """URL that each checkpoint is copied to, with ledger and journal; an empty run folder restores from it."""
     max_age_s: float = Field(default=7200.0, gt=0)
-    """While saves fail (disk full, read-only, slow), training goes on until the newest whole one is this old."""
+    """While saves fail (disk full, read-only, slow), training goes on for this long after the first that failed."""
 
 
 class FailureConfig(Section):
@@ -251,6 +251,10 @@ class TrackConfig(Section):
     """Fed from metrics.jsonl. online without a key falls back to offline and prints the line that syncs."""
     project: str = "tubelet"
     """wandb project."""
+    wandb_pictures: bool = False
+    """Send the run folder's pictures to wandb, at the end of a start."""
+    wandb_code: bool = False
+    """Send this program's own source files to wandb, at every start."""
     log_every_steps: int = Field(default=10, ge=1)
 
 

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import platform
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 import yaml
 
 from pretrain.agree import Agreement, leave_ranks
-from pretrain.attempt import Outcome, record_outcome, take_attempt
+from pretrain.attempt import Outcome, node_name, record_outcome, take_attempt
 from pretrain.checkpoint import candidates, newest
 from pretrain.config import Config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
 from pretrain.data.source import held_out
+from pretrain.decisions import Decisions
 from pretrain.engine import Engine, join_ranks
 from pretrain.evaluation import Evaluation
+from pretrain.failures import FailureLadder
 from pretrain.gallery import draw_held_out
 from pretrain.journal import Journal
 from pretrain.ledger import Ledger
@@ -31,9 +34,12 @@ from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
 from pretrain.recovery import Recovery, load_initial, refuse_other_config, refuse_other_data
 from pretrain.redact import without_secrets
-from pretrain.stop import StopAgreement, watch_parents
+from pretrain.rounds import Rounds
+from pretrain.saver import Saver
+from pretrain.stop import StopFlag, watch_parents
 from pretrain.track import Tracker
 from pretrain.train import Trainer
+from pretrain.watchdog import Watchdog
 from pretrain.world import World, world_from_environment
 from shards.errors import UserError
 from shards.storage import write_atomic
@@ -58,17 +64,33 @@ class Rank:
     agreement: Agreement
     attempt: int
     console: Console
+    flag: StopFlag
+    watchdog: Watchdog
+    begun_s: float
+    """When the attempt began, by `time.perf_counter`."""
 
     def close(self, trainer: Trainer, outcome: Outcome) -> None:
-        """Leave in order: write the outcome, end the helpers, close the group."""
-        trainer.stop.close()
+        """The end of an attempt: write the outcome, end the helpers."""
+        trainer.rounds.close()
         trainer.loader.close()
         if self.world.is_first:
             if outcome.outcome == "finished":
-                trainer.stop.honoured()
+                self.flag.honoured()
                 write_atomic(self.run_dir / "DONE", json.dumps({"step": outcome.step}).encode() + b"\n")
             record_outcome(self.run_dir, self.attempt, outcome)
         trainer.tracker.close()
+        trainer.engine.close()
+
+    def next_attempt(self) -> Rank:
+        """The same rank under the next number: after a roll-back, without leaving the group."""
+        attempt = _take_number(self.run_dir, self.world, self.agreement)
+        watchdog = Watchdog(self.run_dir, attempt, self.world, self.config.limits)
+        watchdog.enter("setup")
+        return replace(self, attempt=attempt, watchdog=watchdog, begun_s=time.perf_counter())
+
+    def leave(self, outcome: Outcome) -> None:
+        """The end of the process: close the group, draw what a finished run has learned."""
+        self.watchdog.leave()
         leave_ranks()
         if self.world.is_first and outcome.outcome == "finished":
             self._draw()
@@ -89,6 +111,7 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
 
     A config that is another run's is refused before anything in its folder is touched.
     """
+    begun_s = time.perf_counter()
     world = world_from_environment()
     run_dir = Path(config.run.dir)
     refuse_other_config(run_dir, config, allow_change=allow_change)
@@ -104,13 +127,18 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
     device = join_ranks(world, config.limits.collective_timeout_s)
     watch_parents()
     agreement = Agreement(config.limits.collective_timeout_s)
-    attempt = 0
     if world.is_first:
         _make_run_folder(run_dir)
-        attempt = take_attempt(run_dir, world.size)
-    attempt = agreement.from_first(attempt)
+    attempt = _take_number(run_dir, world, agreement)
     _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
-    return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first))
+    flag, watchdog = StopFlag(run_dir, world), Watchdog(run_dir, attempt, world, config.limits)
+    watchdog.enter("setup")
+    return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first), flag, watchdog, begun_s)
+
+
+def _take_number(run_dir: Path, world: World, agreement: Agreement) -> int:
+    nodes = agreement.gather_texts(node_name())
+    return agreement.from_first(take_attempt(run_dir, nodes) if world.is_first else 0)
 
 
 def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
@@ -167,7 +195,21 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         seed=config.run.seed,
     )
     ledger = Ledger(rank.run_dir / "ledger", rank.attempt, world.rank)
-    recovery = Recovery(rank.run_dir, config, rank.attempt, world, rank.agreement, engine, loader, ledger, _versions())
+    saver = Saver(rank.run_dir, rank.attempt, world, config.checkpoint)
+    decisions = Decisions(rank.run_dir / "journal", is_writer=world.is_first)
+    recovery = Recovery(
+        run_dir=rank.run_dir,
+        config=config,
+        attempt=rank.attempt,
+        world=world,
+        agreement=rank.agreement,
+        engine=engine,
+        loader=loader,
+        ledger=ledger,
+        saver=saver,
+        decisions=decisions,
+        versions=_versions(),
+    )
     start = recovery.resume(allow_change=allow_change)
     if world.is_first:
         _describe(rank.run_dir, config)
@@ -188,10 +230,26 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
             limits=config.limits,
         )
     tracker = Tracker(rank.run_dir, rank.attempt, config.track, is_first=world.is_first, resumed_from=start)
-    stop = StopAgreement(rank.run_dir, world, rank.agreement)
     rank.console.start(config, world, engine.num_micro_steps, loader.num_samples, start, rank.attempt)
-    tracker.write({"kind": "start", "step": start, "world_size": world.size, "zero_stage": config.zero.stage})
-    return Trainer(config, loader, engine, ledger, recovery, evaluation, stop, tracker, meter, rank.console), start
+    setup_s = time.perf_counter() - rank.begun_s
+    facts = {"world_size": world.size, "zero_stage": config.zero.stage, "setup_s": setup_s}
+    tracker.write({"kind": "start", "step": start, **facts})
+    trainer = Trainer(
+        config=config,
+        loader=loader,
+        engine=engine,
+        ledger=ledger,
+        recovery=recovery,
+        evaluation=evaluation,
+        rounds=Rounds(rank.agreement, rank.flag, saver),
+        flag=rank.flag,
+        watchdog=rank.watchdog,
+        ladder=FailureLadder(config.failure),
+        tracker=tracker,
+        meter=meter,
+        console=rank.console,
+    )
+    return trainer, start
 
 
 def _finished(run_dir: Path, steps: int) -> Outcome | None:

@@ -1,7 +1,8 @@
-"""Metrics: one JSON line per row in metrics.jsonl, always; the same rows to wandb when asked. Owner of wandb.
+"""Metrics: one JSON line per row in metrics.jsonl, always; the same rows to wandb when asked.
 
     row ─ metrics.jsonl, at once
-        └ waits until a checkpoint covers its step ─ wandb (own axis `step`, one run id per run folder)
+        ├ what the system did ─ wandb, at once (own axis: seconds since the run began)
+        └ what was learned ─ waits until a checkpoint covers its step ─ wandb (own axis: step)
 
 Only the first rank writes. Neither a full disk nor trouble with wandb stops training: both are counted, told once, and
 what wandb missed is fed to it by the next attempt. No torch is imported: the report reads metrics on a login node.
@@ -9,35 +10,167 @@ what wandb missed is fed to it by the next attempt. No torch is imported: the re
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import netrc
-import os
-import secrets
-import shlex
-import threading
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
-import yaml
-
-from pretrain.redact import without_secrets
+from pretrain.metrics import FILE, Row, append_row, committed_step, plain, read_config, read_metrics, read_rows
 from pretrain.sections import TrackConfig
-from shards.storage import write_atomic
+from pretrain.wandb_run import Point, WandbRun, begin_anew, sync_line
+from shards.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
-FINISH_DEADLINE_S = 60.0
-INIT_DEADLINE_S = 60.0
-_NOT_MEASURED = ("kind", "attempt", "time", "step", "not_finite")
+Unit = Literal["", "s", "ms", "bytes", "share", "ratio"]
 
-Row = dict[str, Any]
+# ---------------------------------------------------------------------------------------------- panels
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: its title, the unit of its axis, and which numbers of the rows of one kind it shows, with words."""
+
+    title: str
+    unit: Unit
+    names: Mapping[str, str]
+    kind: str = "train"
+    is_trouble: bool = False
+    """Drawn only where a number is not zero."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Panels that belong together, under one heading."""
+
+    title: str
+    panels: tuple[Panel, ...]
+    is_system: bool = True
+    """Measured whether or not the step will count: goes to wandb at once, on the axis of time."""
+
+
+GROUPS: dict[str, Group] = {
+    "optimizer": Group(
+        "How it is steered",
+        (
+            Panel("Learning rate", "", {"lr": "learning rate"}),
+            Panel("Gradient norm", "", {"grad_norm": "before clipping"}),
+        ),
+        is_system=False,
+    ),
+    "speed": Group(
+        "How fast, and with what",
+        (
+            Panel("Clips per second", "", {"clips_per_s": "all ranks"}),
+            Panel("Seconds per step", "s", {"step_s": "step"}),
+            Panel(
+                "Where a step's time goes, mean of the ranks",
+                "s",
+                {"compute_s": "computing", "comm_wait_s": "waiting for ranks", "data_wait_s": "waiting for data"},
+            ),
+            Panel(
+                "Waiting for data",
+                "share",
+                {"data_wait_fraction": "slowest rank", "data_wait_mean_fraction": "mean of the ranks"},
+            ),
+            Panel("Computing time of the slowest rank", "ratio", {"slowest_compute_ratio": "times the median rank's"}),
+            Panel("Model FLOPs utilisation", "share", {"mfu": "of the peak"}),
+        ),
+    ),
+    "memory": Group(
+        "Memory",
+        (Panel("Memory", "bytes", {"gpu_memory_bytes": "GPU, fullest rank", "memory_bytes": "host, fullest rank"}),),
+    ),
+    "saves": Group(
+        "How it is saved",
+        (
+            Panel("A save holds up training", "s", {"seconds": "until the next step"}, kind="save"),
+            Panel("A save is written beside training", "s", {"write_s": "in the background"}, kind="save"),
+            Panel("Size of a checkpoint", "bytes", {"bytes": "all ranks"}, kind="save"),
+            Panel("Age of the newest whole checkpoint", "s", {"durable_age_s": "work at risk"}),
+        ),
+    ),
+    "data": Group(
+        "Where the data comes from",
+        (
+            Panel("Decoding: milliseconds per clip", "ms", {"decode_ms": "mean of all ranks"}),
+            Panel("Bytes read, per row", "bytes", {"bytes_read": "all ranks"}),
+            Panel(
+                "Requests, per row",
+                "",
+                {"requests": "to storage", "cache_hits": "answered by the node's cache", "cache_misses": "not in it"},
+            ),
+            Panel(
+                "Storage trouble, per row",
+                "",
+                {"retries": "tried again", "hedges": "asked twice", "throttled": "told to slow down"},
+                is_trouble=True,
+            ),
+            Panel(
+                "Other incidents, per row",
+                "",
+                {"decoder_respawns": "decoders replaced", "stride_dropped": "clips with a lowered stride"},
+                is_trouble=True,
+            ),
+        ),
+    ),
+}
+"""Group -> panels, in the order of the report. In wandb a number of a panel is called GROUP/NAME, and wandb makes one
+section of its page per GROUP and one plot per name. Sections, names and axes are all that the data of a run can settle:
+which plots share a frame, their order, titles and units are a workspace's, which wandb keeps on its server."""
+
+_UNMEASURED = ("kind", "attempt", "time", "step", "not_finite")
+_PLACES = {
+    (panel.kind, name): (group, GROUPS[group].is_system)
+    for group in GROUPS
+    for panel in GROUPS[group].panels
+    for name in panel.names
+} | {("train", name): ("speed", True) for name in ("slowest_rank", "slowest_compute_rank", "data_wait_max_s")}
+
+
+def training_points(rows: Iterable[Row]) -> dict[int, Point]:
+    """What the rows say of the training: one point per step, whatever kinds of rows it has."""
+    points: dict[int, Point] = {}
+    for row in rows:
+        if values := split_row(row)[0]:
+            points.setdefault(row["step"], {}).update(values)
+    return points
+
+
+def system_points(rows: Iterable[Row], began: float | None) -> list[tuple[float, Point]]:
+    """What the rows say of the system, by seconds since the run began."""
+    timed = sorted((row for row in rows if row.get("time")), key=lambda row: row["time"])
+    points = [(row["time"] - (began or 0.0), split_row(row)[1]) for row in timed]
+    return [(seconds, values) for seconds, values in points if values]
+
+
+def began(rows: Iterable[Row]) -> float | None:
+    """Clock time of the first row."""
+    return min((row["time"] for row in rows if row.get("time")), default=None)
+
+
+def split_row(row: Row) -> tuple[Point, Point]:
+    """A row's numbers by their names in wandb: (of the training, of the system). Words and lists stay behind."""
+    of_training: Point = {}
+    of_system: Point = {}
+    kind = row["kind"]
+    if kind == "event":
+        return of_training, {f"events/{row.get('event')}": 1}
+    for name, value in row.items():
+        if name in _UNMEASURED or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        group, is_system = _PLACES.get((kind, name), ("", kind in ("start", "save")))
+        if name.startswith("substituted/"):
+            group, is_system = "data", True
+        if not group and (kind != "train" or "/" not in name):
+            group = kind
+        (of_system if is_system else of_training)[f"{group}/{name}" if group else name] = value
+    return of_training, of_system
+
+
+# ---------------------------------------------------------------------------------------------- writing
 
 
 class Tracker:
@@ -51,11 +184,15 @@ class Tracker:
         """Rows that could not be written to metrics.jsonl."""
         self._run_dir, self._attempt, self._is_first = run_dir, attempt, is_first
         self._pending: list[Row] = []
-        self._wandb = _Wandb(run_dir, settings) if is_first and settings.wandb != "off" else None
+        self._wandb = WandbRun(run_dir, settings) if is_first and settings.wandb != "off" else None
+        self._began: float | None = None
+        """Clock time of the run's first row."""
         if self._wandb is not None:
-            self._wandb.open()
-            rows = [row for row in read_metrics(run_dir) if row["kind"] != "start"]
-            self._pending = [row for row in rows if row["step"] > self._wandb.sent_step]
+            rows = read_rows(run_dir)
+            self._began = began(rows)
+            self._wandb.open(read_config(run_dir))
+            self._wandb.send_system(system_points(rows, self._began))
+            self._pending = read_metrics(run_dir)
             self.publish(resumed_from)
             self._pending = []  # beyond the checkpoint: will be measured again
 
@@ -63,31 +200,31 @@ class Tracker:
         """Append a row; it needs `kind` and `step` (steps done). Numbers that are not finite become null, named."""
         if not self._is_first:
             return
-        whole = _plain({"attempt": self._attempt, "time": time.time(), **row})
+        whole = plain({"attempt": self._attempt, "time": time.time(), **row})
         try:
-            _append_line(self._run_dir / FILE, json.dumps(whole, allow_nan=False).encode())
+            append_row(self._run_dir, whole)
         except OSError as error:
             if not self.num_unwritten:
                 log.warning("%s cannot be written (%s); training goes on, rows are lost", FILE, error.strerror)
             self.num_unwritten += 1
-        if self._wandb is not None and whole["kind"] != "start":
+        if self._wandb is not None:
+            self._began = whole["time"] if self._began is None else self._began
+            self._wandb.send_system(system_points([whole], self._began))
             self._pending.append(whole)
-
-    def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint of `step` is committed: note it, and publish what it covers."""
-        self.write({"kind": "save", "step": step, "seconds": seconds})
-        self.publish(step)
 
     def publish(self, up_to_step: int) -> None:
         """Send to wandb the rows up to a step that a checkpoint covers: they will not be made again."""
         if self._wandb is not None:
-            self._wandb.send([row for row in self._pending if row["step"] <= up_to_step], up_to_step)
+            covered = [row for row in self._pending if row["step"] <= up_to_step]
+            self._wandb.send_training(training_points(covered), up_to_step)
             self._pending = [row for row in self._pending if row["step"] > up_to_step]
 
     def close(self) -> None:
         """End of an attempt. Prints how to upload an offline run."""
         if self._wandb is not None:
             self._wandb.close()
+            if line := sync_line(self._run_dir):
+                print(line, flush=True)
 
     @property
     def num_wandb_failures(self) -> int:
@@ -95,213 +232,29 @@ class Tracker:
         return 0 if self._wandb is None else self._wandb.num_failures
 
 
-# ---------------------------------------------------------------------------------------------- metrics.jsonl
+def rebuild_wandb(run_dir: Path) -> str:
+    """Make the run's wandb run anew as one offline file, from the committed lineage alone: one id, every step once.
 
-
-def read_rows(run_dir: Path) -> list[Row]:
-    """Every whole row of metrics.jsonl in the order of writing; lines torn by a kill are left out."""
-    rows: list[Row] = []
-    try:
-        lines = (run_dir / FILE).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return rows
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"kind", "step", "attempt"} <= cast(Row, row).keys():
-            rows.append(cast(Row, row))
-    return rows
-
-
-def read_metrics(run_dir: Path) -> list[Row]:
-    """The rows that count, by step: what an attempt measured beyond the step where a later one took over is dropped,
-    and of two rows of one kind and step the later attempt's is kept. `start` rows are all kept.
+    What earlier starts left in RUN/wandb is set aside, not deleted. Returns the command that uploads the file. Raises
+    UserError where there is nothing to send, or wandb could not write.
     """
-    rows = read_rows(run_dir)
-    taken_over = {row["attempt"]: row["step"] for row in rows if row["kind"] == "start"}
-    kept: dict[tuple[str, int, int], Row] = {}
-    for row in sorted(rows, key=lambda row: row["attempt"]):
-        later = [step for attempt, step in taken_over.items() if attempt > row["attempt"]]
-        is_event = row["kind"] == "start"
-        if is_event or row["step"] <= min(later, default=row["step"]):
-            kept[row["kind"], row["step"], row["attempt"] if is_event else -1] = row
-    return sorted(kept.values(), key=lambda row: (row["step"], row["attempt"]))
-
-
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The run folder's config.yaml as plain data; empty where there is none or it cannot be read."""
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return cast(dict[str, Any], config) if isinstance(config, dict) else {}
-
-
-def _append_line(file: Path, data: bytes) -> None:
-    """One line, on a line of its own even where an earlier write was torn."""
-    with file.open("ab+") as opened:
-        end = opened.seek(0, os.SEEK_END)
-        if end:
-            opened.seek(end - 1)
-            data = data if opened.read(1) == b"\n" else b"\n" + data
-        opened.write(data + b"\n")
-
-
-def _plain(row: Row) -> Row:
-    """Strict JSON: NaN and infinities become null, and `not_finite` names them."""
-    bad = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-    return without_secrets({**row, **dict.fromkeys(bad), **({"not_finite": bad} if bad else {})})
-
-
-# ---------------------------------------------------------------------------------------------- wandb
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the run folder remembers of its wandb run (wandb/tubelet.json).
-
-    wandb keeps what it was sent in memory for minutes. Only after a clean end is it surely in its file, so only then
-    does `step` move on; the file of an attempt that was killed is set aside, and the next attempt sends its rows again.
-    """
-
-    run_id: str
-    step: int = 0
-    """Steps whose rows are surely with wandb."""
-    open: str | None = None
-    """Folder of the attempt that did not end cleanly (or is at work)."""
-
-
-class _Wandb:
-    """One wandb run per run folder, over all attempts. Whatever goes wrong here is counted and survived."""
-
-    def __init__(self, run_dir: Path, settings: TrackConfig) -> None:
-        self.num_failures = 0
-        self._run_dir, self._settings = run_dir, settings
-        self._state_file = run_dir / "wandb" / "tubelet.json"
-        self._run: Any = None
-        try:
-            self._state = _State(**json.loads(self._state_file.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            self._state = _State(secrets.token_hex(4))
-        self.sent_step = self._state.step
-        """Steps whose rows need not be sent again."""
-
-    def open(self) -> None:
-        """Start or go on with the run. Without a key, or where the server does not answer, it is kept offline."""
-        is_online = self._settings.wandb == "online"
-        if is_online and not _has_key():
-            log.warning("track.wandb is online, but there is no key (wandb login, or WANDB_API_KEY): kept offline")
-            is_online = False
-        for mode in ("online", "offline") if is_online else ("offline",):
-            try:
-                self._set_aside()
-                self._run = self._init(mode)
-                if mode == "online":  # the server knows how far it got
-                    self.sent_step = max(self.sent_step, int(self._run.starting_step) - 1)
-                self._remember(self._state.step, Path(self._run.dir).parent.name)
-                return
-            except Exception as error:  # whatever a vendor's client raises, training goes on
-                self._run = None
-                self._failed(error)
-
-    def _set_aside(self) -> None:
-        """Keep `wandb sync` from the half-written file of a killed attempt; all its rows are sent again."""
-        folder = self._state_file.parent / (self._state.open or "")
-        if self._state.open and self._state.open.startswith("offline-run-") and folder.is_dir():
-            folder.rename(folder.with_name(f"abandoned-{folder.name}"))
-
-    def _init(self, mode: str) -> Any:
-        import wandb
-
-        library: Any = wandb
-        self._state_file.parent.mkdir(exist_ok=True)
-        # C14: no host, user, command line, code, package list or terminal output
-        settings = library.Settings(
-            host="",
-            program="tubelet",
-            console="off",
-            silent=True,
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-            init_timeout=INIT_DEADLINE_S,
+    rows = [row for row in read_metrics(run_dir) if row["step"] <= committed_step(run_dir) or row["kind"] == "event"]
+    if not any(row["kind"] not in ("start", "event") for row in rows):
+        raise UserError(f"{run_dir} has no metrics that a checkpoint covers; wandb gets those after the first save")
+    config = read_config(run_dir)
+    section = {
+        name: value for name, value in dict(config.get("track") or {}).items() if name in TrackConfig.model_fields
+    }
+    settings = TrackConfig.model_validate({**section, "wandb": "offline"})
+    set_aside = begin_anew(run_dir)
+    run = WandbRun(run_dir, settings)
+    run.open(config)
+    run.send_training(training_points(rows), committed_step(run_dir))
+    run.send_system(system_points(rows, began(rows)))
+    run.close()
+    if run.num_failures or not sync_line(run_dir):
+        raise UserError(
+            f"wandb could not write its file in {run_dir / 'wandb'} (see above); {len(set_aside)} older "
+            "ones lie in wandb/set-aside"
         )
-        run = library.init(
-            project=self._settings.project,
-            name=self._run_dir.resolve().name,
-            id=self._state.run_id,
-            dir=str(self._run_dir),
-            mode=mode,
-            resume="allow" if mode == "online" else None,
-            config=without_secrets(read_config(self._run_dir)),
-            settings=settings,
-        )
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def send(self, rows: list[Row], up_to_step: int) -> None:
-        """One history point per step: train values by name, others as kind/name."""
-        if self._run is None or up_to_step <= self.sent_step:
-            return
-        points: dict[int, Row] = {}
-        for row in sorted(rows, key=lambda row: row["step"]):
-            prefix = "" if row["kind"] == "train" else f"{row['kind']}/"
-            values = {f"{prefix}{key}": row[key] for key in row if key not in _NOT_MEASURED and row[key] is not None}
-            points.setdefault(row["step"], {"step": row["step"]}).update(values)
-        try:
-            for step, point in points.items():
-                self._run.log(point, step=step)
-            self.sent_step = up_to_step
-        except Exception as error:
-            self._run = None
-            self._failed(error)
-
-    def close(self) -> None:
-        """Wait until wandb has written what it was sent, but not for ever; then remember it."""
-        if self._run is not None:
-            thread = threading.Thread(target=self._finish, name="wandb finish", daemon=True)
-            thread.start()
-            thread.join(FINISH_DEADLINE_S)
-            if thread.is_alive():
-                self._failed(TimeoutError(f"wandb did not finish within {FINISH_DEADLINE_S:.0f} s"))
-            self._run = None
-        if offline := sorted((self._run_dir / "wandb").glob("offline-run-*")):
-            print("wandb sync " + " ".join(shlex.quote(str(folder)) for folder in offline), flush=True)
-
-    def _finish(self) -> None:
-        try:
-            import wandb
-
-            self._run.finish()
-            wandb.teardown()  # finish alone returns before the file is closed
-            self._remember(self.sent_step, None)
-        except Exception as error:
-            self._failed(error)
-
-    def _remember(self, step: int, folder: str | None) -> None:
-        self._state = _State(self._state.run_id, step, folder)
-        write_atomic(self._state_file, json.dumps(asdict(self._state)).encode() + b"\n")
-
-    def _failed(self, error: BaseException) -> None:
-        if not self.num_failures:
-            text = without_secrets(f"{type(error).__name__}: {error}")
-            log.warning("wandb: %s; training goes on, metrics.jsonl has every row", text)
-        self.num_failures += 1
-
-
-def _has_key() -> bool:
-    """Whether wandb would find a key of its own accord; it would ask on the terminal otherwise."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    return sync_line(run_dir)

@@ -6,34 +6,42 @@ The same module runs under `tubelet pretrain`, `deepspeed`, `torchrun` and `srun
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-import math
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+
+from torch import Tensor
 
 from pretrain.attempt import Outcome, record_outcome, record_refusal
 from pretrain.config import Config, load_config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
+from pretrain.decisions import RolledBack, Skipped, describe
 from pretrain.engine import Engine, StepReport
 from pretrain.evaluation import Evaluation
+from pretrain.failures import FailureLadder, RollBack
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
 from pretrain.recovery import Recovery
 from pretrain.redact import without_secrets
+from pretrain.rounds import Rounds
 from pretrain.schedule import lr_at
-from pretrain.stop import Stop, StopAgreement, die, time_limit
+from pretrain.stop import Stop, StopFlag, die
 from pretrain.track import Tracker
+from pretrain.watchdog import Part, Watchdog
 from shards.errors import UserError
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
+
+@dataclass
 class Trainer:
     """The parts of a run on one rank, put together in `pretrain/setup.py`."""
 
@@ -43,38 +51,67 @@ class Trainer:
     ledger: Ledger
     recovery: Recovery
     evaluation: Evaluation | None
-    stop: StopAgreement
+    rounds: Rounds
+    flag: StopFlag
+    watchdog: Watchdog
+    ladder: FailureLadder
     tracker: Tracker
     meter: Meter
     console: Console
+    losses: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
+    """(step, sum and count of the loss on this rank, on the device) of the steps since the last log row."""
 
     def train(self, start: int) -> Outcome:
         """From step `start` to the last: take a batch, step, record, maybe evaluate, maybe save."""
         last = self.config.train.steps
+        is_due = False
         for step in range(start, last):
-            lr = self.lr(step)
-            with self.meter.step(), time_limit(self.config.limits.step_limit_s):
+            roll_back = self.take(step, "first_step" if step == start else "step")
+            done = step + 1
+            if roll_back is not None:
+                return self.roll_back(done, roll_back)
+            if self.evaluation is not None and every(done, self.config.eval.every_steps, last):
+                self.evaluate(done, self.evaluation)
+
+            stop = self.rounds.next()
+            is_due |= every(done, self.config.checkpoint.every_steps, last)
+            with self.meter.section("save"), self.watchdog.part("save"):
+                if stop or done == last:
+                    return self.end(stop, done)
+                if is_due and self.recovery.saver.step_in_flight is None:
+                    is_due = False
+                    self.recovery.begin_save(done)
+                    if not self.config.checkpoint.background:
+                        self.rounds.finish_save()
+            self.tell_saves()
+        return Outcome("finished", last, f"all {last} steps are done")
+
+    def take(self, step: int, part: Part) -> RollBack | None:
+        """One step: batch, forward, backward, update, ledger; or over it, where that was decided."""
+        done, lr = step + 1, self.lr(step)
+        if self.recovery.decisions.is_withheld(step):
+            self.loader.go_to_step(done)
+            return None
+        with self.watchdog.part(part):
+            with self.meter.step():
                 batches = itertools.islice(self.loader, self.engine.num_micro_steps)
                 report = self.engine.step(batches, lr)
             if not report.is_applied:
-                raise self.not_finite(step, report)
+                return self.skip(step, report)
+            self.record(step, report)
+            self.losses.append((step, report.sums["loss"]))
+            if every(done, self.config.track.log_every_steps, self.config.train.steps):
+                return self.log(done, lr, report)
+        return None
+
+    def record(self, step: int, report: StepReport) -> None:
+        """The ledger's rows of an applied step. Where they cannot be written, all stop at the last commit."""
+        try:
             self.ledger.record(step, report.batches)
-            done = step + 1
-
-            if is_due(done, self.config.track.log_every_steps, last):
-                self.log(done, lr, report)
-            if self.evaluation is not None and is_due(done, self.config.eval.every_steps, last):
-                with self.meter.section("eval"):
-                    self.evaluate(done, self.evaluation)
-
-            stop = self.stop.agree()
-            if stop or is_due(done, self.config.checkpoint.every_steps, last):
-                with self.meter.section("save"):
-                    self.recovery.save(done)
-                self.tracker.saved(done, self.meter.seconds("save"))
-            if stop and done < last:
-                return self.stopped(stop, done)
-        return Outcome("finished", last, f"all {last} steps are done")
+        except OSError as error:
+            log.error("the ledger cannot be written: %s", error)
+            self.recovery.saver.ledger_error = error
+            self.flag.wish(Stop.UNWRITABLE)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step; counted in clips."""
@@ -88,46 +125,113 @@ class Trainer:
             final_lr=schedule.final_lr,
         )
 
-    def log(self, done: int, lr: float, report: StepReport) -> None:
+    def log(self, done: int, lr: float, report: StepReport) -> RollBack | None:
         """One row of metrics: the means of this step over all ranks, and what the meter saw since the last row."""
-        totals = self.engine.totals(report)
-        if not math.isfinite(totals["loss"]):
-            raise self.not_finite(done - 1, report)
         row = {
             "kind": "train",
             "step": done,
             "position": done * self.config.train.global_batch // self.config.data.clips_per_video,
-            **totals,
+            **self.engine.totals(report),
             "lr": lr,
             "grad_norm": self.engine.grad_norm(),
-            **self.meter.row(self.loader.stats()),
+            "durable_age_s": self.recovery.saver.age_s,
+            **self.meter.row(self.loader.stats(), self.engine.comm_wait_s()),
         }
         self.tracker.write(row)
         self.console.step(done, self.config.train.steps, row)
+        steps = [step for step, _ in self.losses]
+        means = self.engine.means([pair for _, pair in self.losses])
+        self.losses.clear()
+        verdicts = [self.ladder.applied(step, loss) for step, loss in zip(steps, means, strict=True)]
+        return next((verdict for verdict in verdicts if verdict is not None), None)
+
+    def skip(self, step: int, report: StepReport) -> RollBack | None:
+        """A loss or gradient was not finite, and no rank applied the step: write down which samples it had."""
+        own = json.dumps(sorted(report.bad_samples()))
+        samples = {int(s) for text in self.recovery.agreement.gather_texts(own) for s in json.loads(text)}
+        what = f"loss of samples {_few(sorted(samples))}" if samples else "gradient (every loss is finite)"
+        reason = f"not finite: {what}"
+        self.recovery.decisions.add(Skipped(step, reason, tuple(sorted(samples))))
+        self.tracker.write({"kind": "event", "step": step + 1, "event": "skipped", "reason": reason})
+        self.console.say(f"step {step + 1} was not applied: {reason}")
+        return self.ladder.skipped(step)
+
+    def roll_back(self, done: int, verdict: RollBack) -> Outcome:
+        """Decide to go back, or to give up; the next attempt, in this very process, does it."""
+        with self.watchdog.part("save"):
+            self.rounds.finish_save()
+            decisions, first = self.recovery.decisions, verdict.first
+            to = self.recovery.step_before(first) or 0
+            if len(decisions.rollbacks) >= self.config.failure.max_rollbacks:
+                report = f"{verdict.reason}, and the run was rolled back {len(decisions.rollbacks)} times before"
+                told = f" ({describe(decisions.rollbacks)})" if decisions.rollbacks else ""
+                remedy = "lower optim.lr, set train.clip_norm or use train.precision=fp32 in a new run"
+                return Outcome(
+                    "person", done, f"{report}{told}: look at its samples in journal/decisions.jsonl; {remedy}"
+                )
+            row = RolledBack(done, to, max(first, to), verdict.stop, verdict.reason, self.recovery.attempt)
+            decisions.add(row)
+        event = {"kind": "event", "event": "rolled_back", "to": to, "first": row.first, "stop": row.stop}
+        self.tracker.write({**event, "step": done, "reason": row.reason})
+        return Outcome("rolled_back", done, describe([row]))
 
     def evaluate(self, done: int, evaluation: Evaluation) -> None:
         """The held-out loss; moves no cursor."""
-        row = {"kind": "eval", "step": done, **evaluation.run(self.engine)}
+        with self.meter.section("eval"), self.watchdog.part("eval"):
+            losses = evaluation.run(self.engine)
+        row = {"kind": "eval", "step": done, "seconds": self.meter.seconds("eval"), **losses}
         self.tracker.write(row)
         self.console.evaluated(row)
 
-    def stopped(self, stop: Stop, done: int) -> Outcome:
-        """The outcome of a run that was asked to stop: a signal means go on later, the STOP file means a person."""
+    def tell_saves(self) -> None:
+        """What became of saves, to people and to metrics; where none works for too long, the wish to stop."""
+        saver = self.recovery.saver
+        for settled in self.rounds.settled():
+            facts = {"step": settled.step, "seconds": settled.blocking_s}
+            if settled.is_committed:
+                self.tracker.write({"kind": "save", **facts, "write_s": settled.write_s, "bytes": settled.num_bytes})
+                self.tracker.publish(settled.step)
+                continue
+            self.tracker.write({"kind": "event", "event": "save_failed", "reason": settled.reason, **facts})
+            self.console.say(
+                f"the save of step {settled.step} failed ({settled.reason}); training goes on, "
+                f"{self.config.checkpoint.max_age_s - saver.failing_s:.0f} s until it stops for that"
+            )
+        if saver.failing_s > self.config.checkpoint.max_age_s:
+            self.flag.wish(Stop.UNSAVED)
+        if saver.ledger_error is not None:
+            self.flag.wish(Stop.UNWRITABLE)
+
+    def end(self, stop: Stop, done: int) -> Outcome:
+        """The last save of an attempt, and its outcome: a signal means go on later, the STOP file means a person."""
+        self.rounds.finish_save()
+        self.tell_saves()
+        saver = self.recovery.saver
+        if stop is Stop.UNWRITABLE:
+            return Outcome(
+                "failed", done, "the ledger cannot be written: what came after the last commit does not count"
+            )
+        if saver.newest_step != done:
+            self.recovery.begin_save(done)
+            self.rounds.finish_save()
+            self.tell_saves()
+        if saver.newest_step != done:
+            minutes = f"{saver.age_s / 60:.0f} minutes old" if saver.newest_step else "that of no step"
+            return Outcome("failed", done, f"no save works any more: the newest checkpoint is {minutes}; see logs/")
+        if done == self.config.train.steps:
+            return Outcome("finished", done, f"all {done} steps are done")
         if stop is Stop.FILE:
-            self.stop.honoured()
+            self.flag.honoured()
             return Outcome("person", done, f"the STOP file: saved at step {done}; the same command goes on")
         return Outcome("stopped", done, f"a signal: saved at step {done}; the same command goes on")
 
-    def not_finite(self, step: int, report: StepReport) -> UserError:
-        """A loss or gradient that is no number. Names the samples this rank took."""
-        samples = sorted({int(sample) for batch in report.batches for sample in batch.sample_B.numpy() if sample >= 0})
-        return UserError(
-            f"step {step} gave a loss or gradient that is not finite (samples on this rank: {samples[:20]}): "
-            "lower optim.lr, set train.clip_norm, or use train.precision=fp32; the last checkpoint is untouched"
-        )
+
+def _few(samples: Sequence[int]) -> str:
+    more = f" and {len(samples) - 8} more" if len(samples) > 8 else ""
+    return ", ".join(map(str, samples[:8])) + more
 
 
-def is_due(done: int, every_steps: int, last: int) -> bool:
+def every(done: int, every_steps: int, last: int) -> bool:
     """Every n steps, and at the end."""
     return every_steps > 0 and (done % every_steps == 0 or done == last)
 
@@ -149,10 +253,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if isinstance(rank, Outcome):
             outcome = rank
         else:
-            attempt = rank.attempt
-            trainer, start = start_run(rank, allow_change="--change" in words)
-            outcome = trainer.train(start)
-            rank.close(trainer, outcome)
+            while True:
+                attempt = rank.attempt
+                trainer, start = start_run(rank, allow_change="--change" in words)
+                outcome = trainer.train(start)
+                rank.close(trainer, outcome)
+                if outcome.outcome != "rolled_back":
+                    break
+                rank.console.say(f"rolled back: {outcome.reason}")
+                del trainer  # its engine, before the next one is built
+                rank = rank.next_attempt()
+            rank.leave(outcome)
         Console(is_first).end(config, outcome)
     except UserError as error:
         try:

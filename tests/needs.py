@@ -15,7 +15,10 @@ PACKAGES = {
     "slurmd": "slurmd",
     "sbatch": "slurm-client",
     "munged": "munge",
+    "sshd": "openssh-server",
+    "pdsh": "pdsh",
     "ffmpeg": "ffmpeg",
+    "chromium": "chromium",
 }
 """Program -> Debian package."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pretrain import checkpoint, recovery
+from pretrain import checkpoint, saver
 from pretrain.ledger import Ledger
 from pretrain.train import main
 
@@ -41,23 +41,24 @@ elif seam == "between ledger and rename":
 elif seam == "between rename and pointer":
     before(checkpoint, "write_atomic", lambda path, data: path.name == "latest" and f"{step:06d}".encode() in data)
 elif seam == "inside the write":
-    original_save = checkpoint.save_file
+    original_write = checkpoint.write_tensors
 
-    def half(tensors: Any, path: Path) -> None:
-        original_save(tensors, path)
+    def half(path: Path, tensors: Any) -> Any:
+        written = original_write(path, tensors)
         if f"step-{step:06d}" in str(path):
             os.truncate(path, path.stat().st_size // 2)
             die()
+        return written
 
-    checkpoint.save_file = half
+    checkpoint.write_tensors = half
 elif seam == "after the lineage":
-    original_commit = recovery.commit_lineage
+    original_commit = saver.commit_lineage
 
     def commit(folder: Path, at: int, *rest: Any) -> Any:
         head = original_commit(folder, at, *rest)
         return die() if at == step else head
 
-    recovery.commit_lineage = commit
+    saver.commit_lineage = commit
 else:
     raise SystemExit(f"no seam {seam!r}")
 main(sys.argv[3:])

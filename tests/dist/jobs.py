@@ -10,12 +10,12 @@ import torch
 
 from pretrain.agree import Agreement
 from pretrain.batch import ClipBatch
-from pretrain.checkpoint import Checkpoint, Facts, begin, publish, read_parts, stage, staging_folder, write_part
-from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig, TrainConfig, ZeroConfig
+from pretrain.checkpoint import Checkpoint, Facts, publish, read_parts, stage, staging_folder, write_part
 from pretrain.engine import Engine
 from pretrain.ledger import LineageHead
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
+from pretrain.sections import FrameOrderConfig, MaskedFrameConfig, ObjectiveConfig, OptimConfig, TrainConfig, ZeroConfig
 from pretrain.world import world_from_environment
 from shards.order import rank_clips
 
@@ -160,20 +160,18 @@ def not_finite(*, stage: int, precision: str) -> list[bool]:
 def gather_numbers() -> list[dict[str, float]]:
     """Each rank tells a number of its own, under names that differ in number and length, amid a pending round."""
     world, agreement = world_from_environment(), Agreement(60)
-    pending = agreement.start_maximum(world.rank)
+    pending = agreement.start_maxima([world.rank])
     mine = {"wait_s": 0.1 + world.rank, **{f"substituted/reason {index}": index for index in range(world.rank)}}
     everyone = agreement.gather(mine)
-    assert pending.result() == world.size - 1
+    assert pending.result() == [world.size - 1]
     return everyone
 
 
 def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
     world, agreement = world_from_environment(), Agreement(300)
-    if world.is_first:
-        begin(run_dir, step, 1)
-    agreement.wait()
     staging = staging_folder(run_dir, step, 1)
-    write_part(staging, world.rank, [(s.name, s.state, s.offset, s.values_K) for s in engine.slices()], None)
+    slices = [(s.name, s.state, s.offset, s.values_K.detach().reshape(-1)) for s in engine.slices()]
+    write_part(staging, world.rank, slices)
     agreement.wait()
     if world.is_first:
         parts, _ = read_parts(staging, world.size)

@@ -75,8 +75,8 @@ def make_run(folder: Path, manifest_hash: str, samples: list[int]) -> Path:
     (folder / "ledger" / "a0001-s00000000-r00000.rows").write_bytes(rows.tobytes())
     segment = Segment("a0001-s00000000-r00000.rows", len(rows), "")
     head = commit_lineage(folder / "ledger", 5, 1, [segment], None)
-    staging = checkpoint.begin(folder, 5, 1)
-    checkpoint.write_part(staging, 0, [("w", "fp32", 0, torch.zeros(1))], segment)
+    staging = checkpoint.staging_folder(folder, 5, 1)
+    checkpoint.write_part(staging, 0, [("w", "fp32", 0, torch.zeros(1))], [segment])
     config: dict[str, Any] = {"data": {"split": "train"}, "train": {}}
     facts = Facts(5, 5, 1, {"manifest_hash": manifest_hash}, config, {"w": [1]}, {}, [])
     checkpoint.stage(staging, facts, checkpoint.read_parts(staging, 1)[0], head)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.plot import MAX_POINTS, Curve, nice_ticks, number, percent, plot, step_ticks, thinned
+from launch.bars import Bar, bars_card, stacked
+from launch.plot import MAX_POINTS, Curve, duration, nice_ticks, number, percent, plot, step_ticks, thinned
 
 FINITE = st.floats(-1e12, 1e12, allow_nan=False)
 
@@ -48,6 +49,32 @@ def test_chart_is_well_formed_and_stays_inside(values: list[float]) -> None:
     (line,) = [path for path in svg.iter("path") if path.get("class") == "line"]
     numbers = [float(part) for place in line.attrib["d"][1:].split("L") for part in place.split(" ")]
     assert all(math.isfinite(value) and -1 <= value <= 461 for value in numbers)
+
+
+def test_chart_of_zeros_stands_on_the_ground() -> None:
+    svg = plot([Curve("none", [(1, 0.0), (2, 0.0)])], from_zero=True)
+    assert ">1</text>" in svg
+    assert ">-" not in svg
+
+
+def test_bars_fill_their_row() -> None:
+    bars = [Bar("a <b>", (1.0, 0.0, 3.0), "4 s"), Bar("c", (0.0, 2.0, 0.0))]
+    for are_shares, widths in ((False, [83.5, 250.5, 167.0]), (True, [83.5, 250.5, 334.0])):
+        svg = ElementTree.fromstring(
+            stacked(bars, ["c0", "c1", "c2"], ["x", "y", ""], title="t", are_shares=are_shares)
+        )
+        assert [float(box.attrib["width"]) for box in svg.iter("rect")] == widths
+    card = bars_card("<t>", bars, ["x", "", "<z>"], ["c0", "c1", "c2"])
+    assert card.count("<span") == 2
+    assert "&lt;z&gt;" in card
+    assert "a &lt;b&gt;" in card
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.5, "1.5 s"), (119, "119 s"), (150, "2.5 min"), (9000, "2.5 h"), (216_000, "2.5 days")]
+)
+def test_durations_are_in_the_unit_that_fits(value: float, text: str) -> None:
+    assert duration(value) == text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def test_chart_without_points_is_nothing() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from launch.report import MAX_ATTEMPTS, report
+from launch.report import report
+from launch.report_trust import MAX_ATTEMPTS, MAX_EVENTS
 from pretrain.audit import AuditResult
 from shards.errors import UserError
+from tests.browser.whole_run import TITLES, write_whole_run
 
 EXACT = AuditResult(0, ("audit of step 20: EXACT", "  1 < 2 & so on"), {"clips": 640}, {})
 VOID = {"meta", "img", "br"}
@@ -143,6 +145,7 @@ def test_nothing_from_outside_becomes_markup_or_leaks(run_dir: Path) -> None:
     url = f"s3://me:{canary}@bucket/{evil}?key={canary}"
     (run_dir / "config.yaml").write_text(json.dumps({"data": {"shards": url}, "model": {"size": evil}, evil: [evil]}))
     (run_dir / "environment.json").write_text(json.dumps({evil: evil, "from": url}))
+    write_rows(run_dir, [{"kind": "event", "attempt": 2, "step": 15, "event": evil, "reason": f"{evil} {url}"}])
     write_attempt(run_dir, 3, {"outcome": evil, "step": 20, "reason": f"{evil} {url}", "time": 1.79e9})
     write_rows(
         run_dir, [{"kind": "start", "attempt": 3, "step": 20}, {**train_row(3, 21), f"loss/{evil}": 1, f"{evil}/x": 2}]
@@ -153,6 +156,7 @@ def test_nothing_from_outside_becomes_markup_or_leaks(run_dir: Path) -> None:
     assert not {"script", "b onload=x"} & {tag for tag, _ in page.tags}
     assert not any("onload" in attributes for _, attributes in page.tags)
     assert "alert('x')" in page.text
+    assert f"start 2: {evil}" in page.text
     assert canary not in (folder / "report.html").read_text()
 
 
@@ -210,6 +214,46 @@ def test_many_attempts_and_pictures_are_cut_and_counted(run_dir: Path) -> None:
     assert f"{30 - MAX_ATTEMPTS} earlier starts are not shown." in page.text
     assert sum(tag == "img" for tag, _ in page.tags) == 8
     assert "4 more in" in page.text
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_whole_run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_whole_run_is_told_whole(whole: Path) -> None:
+    page = page_of(whole, EXACT)
+    assert {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"} == TITLES
+    for words in (
+        "Rank 5 on n2 computes longest in 100\N{NO-BREAK SPACE}% of the newest rows",
+        "copied to the mirror: 23, step not applied: 1, save failed: 1, rolled back: 1",
+        "start 4: rolled back to step 850, over steps 900 to 909 (9.1 sigma above its mean)",
+        "start 3: save failed (No space left on device)",
+        "4 of 6 starts lost work",
+        "would lose least (Young and Daly); checkpoint.every_steps is 50.",
+        "of the time was training that counts (ETTR).",
+        "is training that counts",
+        "rolled back",
+    ):
+        assert words in page.text, words
+
+
+def test_many_events_are_cut_and_counted(run_dir: Path) -> None:
+    rows = [{"kind": "event", "attempt": 2, "step": step, "event": "skipped", "reason": "x"} for step in range(1, 101)]
+    write_rows(run_dir, rows)
+    page = page_of(run_dir)
+    assert "step not applied: 100" in page.text
+    assert page.text.count("start 2: step not applied (x)") == MAX_EVENTS
+
+
+def test_ranks_that_are_not_told_apart_leave_no_plot(run_dir: Path) -> None:
+    """More ranks than a row lists: the slowest is named all the same."""
+    rows = [{**train_row(2, step), "slowest_compute_rank": 70, "slowest_compute_ratio": 1.5} for step in range(11, 21)]
+    write_rows(run_dir, rows)
+    page = page_of(run_dir)
+    assert "Rank 70 computes longest in 100\N{NO-BREAK SPACE}% of the newest rows" in page.text
+    assert "the slowest needs 1.5\N{MULTIPLICATION SIGN} the median rank's time" in page.text
+    assert "Seconds per step, rank by rank" not in page.text
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

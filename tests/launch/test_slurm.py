@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
 
-from launch import slurm
+from launch import job, slurm
 from pretrain.attempt import record_refusal
 from shards.errors import UserError
 
@@ -61,23 +63,38 @@ class Programs:
         self.calls_file.touch()
         self.answer(requeue_code=0)
 
-    def answer(self, *, requeue_code: int = 0, sbatch_code: int = 0, state: str = "RUNNING") -> None:
-        shown = SHOWN.replace("RUNNING", state)
-        self._program(
+    def answer(
+        self,
+        *,
+        requeue_code: int = 0,
+        sbatch_code: int = 0,
+        state: str = "RUNNING",
+        nodes: str = "",
+        excluded: str = "",
+    ) -> None:
+        """`nodes`: what sinfo lists, as "node0|idle node1|down*"; `excluded`: the job's ExcNodeList."""
+        shown = SHOWN.replace("RUNNING", state) + (f" ExcNodeList={excluded}" if excluded else "")
+        self.program(
             "scontrol",
-            f"""case "$1" in
-            show) echo '{shown}';;
-            requeue) exit {requeue_code};;
-            write) echo '#!/bin/sh' > "$4";;
+            f"""case "$1 $2" in
+            "show hostnames") echo "$3" | tr , '\\n';;
+            show*) echo '{shown}';;
+            requeue*) exit {requeue_code};;
+            write*) echo '#!/bin/sh' > "$4";;
             esac""",
         )
-        self._program("sbatch", f"echo Submitted batch job 13; exit {sbatch_code}")
+        self.program(
+            "sbatch",
+            f"""printf 'nodes\t%s\n' "$TUBELET_NODES$SLURM_NTASKS" >> '{self.calls_file}'
+            echo Submitted batch job 13; exit {sbatch_code}""",
+        )
+        self.program("sinfo", f"printf '%s\\n' {shlex.quote(nodes)} | tr ' ' '\\n'")
 
     def calls(self, program: str) -> list[list[str]]:
         lines = [line.split("\t") for line in self.calls_file.read_text().splitlines()]
         return [line[1:] for line in lines if line[0] == program]
 
-    def _program(self, name: str, body: str) -> None:
+    def program(self, name: str, body: str) -> None:
         file = self.folder / name
         words = """for word in "$@"; do printf '\\t%s' "$word"; done"""
         record = f"{{ printf {name}; {words}; echo; }} >> '{self.calls_file}'"
@@ -168,18 +185,133 @@ def test_a_crash_loop_asks_for_a_person(run: Run, programs: Programs) -> None:
     assert slurm.after(4, 1, run.arguments, JOB) == 75
 
 
-def test_starts_that_never_reach_an_attempt_are_counted_by_slurm(run: Run, programs: Programs) -> None:
-    assert slurm.after(0, 1, run.arguments, JOB) == 75
-    assert slurm.after(0, 1, run.arguments, JOB | {"SLURM_RESTART_COUNT": "1"}) == 75
-    assert slurm.after(0, 1, run.arguments, JOB | {"SLURM_RESTART_COUNT": "2"}) == 93
+def test_starts_that_never_reach_an_attempt_are_counted(run: Run, programs: Programs) -> None:
+    run.attempt(1, "stopped")
+    run.checkpoint(10)
+    restarts = [{"SLURM_RESTART_COUNT": str(number)} for number in range(5, 8)]
+    codes = [slurm.after(1, 1, run.arguments, JOB | restart) for restart in restarts]
+    assert codes == [75, 75, 93], "copies of a job count as its restarts do"
+    run.checkpoint(20)
+    (run.dir / "checkpoints/step-000020/manifest.json").touch()
+    assert slurm.after(1, 1, run.arguments, JOB | {"SLURM_RESTART_COUNT": "9"}) == 75
 
 
-def test_a_cancelled_job_stays_cancelled(run: Run, programs: Programs) -> None:
-    programs.answer(state="CANCELLED")
+def test_starts_that_cannot_even_write_are_counted_by_slurm(run: Run, programs: Programs) -> None:
+    arguments = [CONFIG, f"run.dir={run.dir}/attempts/no"]
+    (run.dir / "attempts" / "no").touch()
+    assert slurm.after(0, 1, arguments, JOB | {"SLURM_RESTART_COUNT": "1"}) == 75
+    assert slurm.after(0, 1, arguments, JOB | {"SLURM_RESTART_COUNT": "2"}) == 93
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
+def test_what_was_cancelled_or_queued_by_slurm_is_left_alone(run: Run, programs: Programs, state: str) -> None:
+    programs.answer(state=state)
     run.attempt(1, "stopped")
     assert slurm.after(0, 143, run.arguments, JOB) == 75
     assert ["requeue", "12"] not in programs.calls("scontrol")
     assert not programs.calls("sbatch")
+
+
+def test_at_the_time_limit_there_is_time_to_queue_again(run: Run, programs: Programs) -> None:
+    programs.answer(state="COMPLETING Reason=TimeLimit")
+    run.attempt(1, "stopped")
+    assert slurm.after(0, 143, run.arguments, JOB) == 75
+    assert ["requeue", "12"] in programs.calls("scontrol")
+
+
+def test_a_controller_that_restarts_is_asked_again(
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "PAUSE_S", 0.0)
+    run.attempt(1, "stopped")
+    count = f"echo x >> {run.dir}/asked; [ $(wc -l < {run.dir}/asked) -gt 2 ]"
+    programs.program("scontrol", f"{count} || {{ echo Unable to contact slurm controller >&2; exit 1; }}")
+    assert slurm.after(0, 143, run.arguments, JOB) == 75
+    assert ["requeue", "12"] in programs.calls("scontrol")
+
+
+FOUR = "node0|allocated node1|allocated node2|idle node3|idle"
+
+
+def blame(run: Run, *nodes: str, time: float = 1.0) -> None:
+    with (run.dir / "attempts" / "blamed.jsonl").open("a") as file:
+        for node in nodes:
+            row = {"node": node, "attempt": 1, "by": "doctor", "reason": "slow", "time": time}
+            file.write(json.dumps(row) + "\n")
+
+
+def test_a_node_blamed_twice_is_excluded_once_the_job_waits(
+    run: Run, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs.answer(nodes=FOUR, excluded="node3")
+    run.attempt(1, "failed")
+    outcome = {"outcome": "failed", "step": 5, "reason": "rank 1 hung", "time": 2.0, "blamed": [1, 2]}
+    (run.dir / "attempts" / "0001.outcome.json").write_text(json.dumps(outcome))
+    (run.dir / "attempts" / "0001.json").write_text(
+        json.dumps({"start": "slurm-12.0", "nodes": ["node0", "node1", "node1"]})
+    )
+    blame(run, "node1", "node0", "elsewhere", "elsewhere")
+    assert slurm.after(0, 143, run.arguments, JOB | {"SLURM_JOB_NUM_NODES": "2"}) == 75
+    calls = programs.calls("scontrol")
+    assert calls.index(["requeue", "12"]) < calls.index(["update", "JobId=12", "ExcNodeList=node3,node1"])
+    said = capsys.readouterr().err
+    assert "node1 is excluded from now on: blamed 2 times (attempt 1, watchdog: rank 1 hung" in said
+    assert "node0" not in said
+
+
+def test_where_fewer_nodes_are_left_a_copy_asks_for_fewer(
+    run: Run, programs: Programs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # of this job: srun in the copy must not see it
+    programs.answer(nodes="node0|allocated node1|allocated node2|down* node3|drained")
+    run.attempt(1, "failed")
+    blame(run, "node1", "node1")
+    asked = JOB | {"SLURM_JOB_NUM_NODES": "2"}
+    assert slurm.after(0, 143, run.arguments, asked) == 75
+    (copy,) = programs.calls("sbatch")
+    assert {"--nodes=1-2", "--exclude=node1"} <= set(copy)
+    assert ["requeue", "12"] not in programs.calls("scontrol")
+    assert programs.calls("nodes") == [["1-2"]]
+    assert "asks for 1-2 nodes instead of 2" in capsys.readouterr().err
+
+    asked = JOB | {"SLURM_JOB_NUM_NODES": "1", "TUBELET_NODES": "1-2"}
+    assert slurm.after(0, 143, run.arguments, asked) == 75
+    assert ["requeue", "12"] in programs.calls("scontrol"), "the copy may have one node or two: as it is"
+
+    programs.answer(nodes=FOUR)
+    assert slurm.after(0, 143, run.arguments, asked) == 75
+    assert "--nodes=2" in programs.calls("sbatch")[-1], "once there are enough again"
+
+
+def test_one_task_per_node_asks_for_all_that_can_be_had(run: Run, programs: Programs) -> None:
+    """Slurm would fill 1-4 with one node."""
+    programs.answer(nodes="node0|idle node1|idle node2|idle node3|down")
+    run.attempt(1, "failed")
+    assert slurm.after(0, 1, run.arguments, {"SLURM_JOB_ID": "12", "SLURM_NTASKS_PER_NODE": "1", "TUBELET_NODES": "4"})
+    assert "--nodes=3-4" in programs.calls("sbatch")[0]
+
+
+def test_too_few_nodes_need_a_person(run: Run, programs: Programs, capsys: pytest.CaptureFixture[str]) -> None:
+    programs.answer(nodes="node0|idle node1|idle")
+    run.attempt(1, "failed")
+    blame(run, "node1", "node1")
+    words = ["after", "0", "1", *run.arguments, "launch.min_nodes=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (JOB | {"SLURM_JOB_NUM_NODES": "2"}).items():
+            patch.setenv(name, value)
+        patch.setattr(signal, "signal", lambda *_: None)
+        assert slurm.main(words) == 93
+    assert "launch.min_nodes is 2; partition train has 1 nodes" in capsys.readouterr().err
+    (run.dir / "attempts" / "forgiven").touch()
+    assert slurm.after(0, 1, [*run.arguments, "launch.min_nodes=2"], JOB | {"SLURM_JOB_NUM_NODES": "2"}) == 75
+
+
+def test_a_job_that_got_an_excluded_node_is_replaced(run: Run, programs: Programs) -> None:
+    programs.answer(nodes=FOUR)
+    blame(run, "node1", "node1")
+    env = JOB | {"SLURM_JOB_NODELIST": "node0,node1", "SLURM_JOB_NUM_NODES": "2"}
+    assert slurm.before(run.arguments, env) == []
+    assert "--exclude=node1" in programs.calls("sbatch")[0]
 
 
 def test_where_requeue_is_forbidden_a_copy_follows(run: Run, programs: Programs) -> None:
@@ -190,11 +322,12 @@ def test_where_requeue_is_forbidden_a_copy_follows(run: Run, programs: Programs)
     options = [word for word in copy if word.startswith("--")]
     assert options == [
         "--dependency=afterany:12",
+        f"--comment=tubelet {run.dir}",
+        "--nodes=2",
         "--job-name=tubelet",
         "--partition=train",
         "--qos=long",
         "--time=1-00:00:00",
-        "--nodes=2",
         "--cpus-per-task=12",
         "--output=/home/x/slurm-12.out",
         "--ntasks-per-node=8",
@@ -213,20 +346,59 @@ def test_where_nothing_works_it_says_what_to_do(
 
 
 def test_before_names_the_newest_attempt_and_the_demo(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
     run.attempt(1, "failed")
     run.attempt(2)
-    assert slurm.before(run.arguments) == 2
+    assert slurm.before(run.arguments, {}) == ["2", "", "--export=ALL"]
     assert capsys.readouterr().err == ""
-    assert slurm.before([f"run.dir={run.dir}", "--change"]) == 2
+    assert slurm.before([f"run.dir={run.dir}", "--change"], {})[0] == "2"
     assert "configs/demo.yaml" in capsys.readouterr().err
+
+
+def test_before_asks_slurm_once_for_all_ranks(run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "free_port", lambda port: port + 1)
+    env = JOB | {"SLURM_JOB_NODELIST": "localhost,127.0.0.1,node9"}
+    words = [*run.arguments, "launch.interface=ib0", "launch.prologue= module load cuda "]
+    assert slurm.before(words, env) == [
+        "0",
+        "module load cuda",
+        "--export=ALL,TUBELET_HOSTS=localhost/127.0.0.1,TUBELET_PORT=15013,TUBELET_INTERFACE=ib0",
+    ]
+    assert ["update", "JobId=12", f"Comment=tubelet {run.dir}"] in programs.calls("scontrol")
+
+
+def test_a_container_is_words_of_the_srun_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, programs: Programs
+) -> None:
+    """The project, the config's folder, code, run, data and caches are mounted, once each; URLs are not."""
+    monkeypatch.chdir(tmp_path)
+    image, data = tmp_path / "a b.sif", tmp_path.parent / "data"
+    (data / "films").mkdir(parents=True, exist_ok=True)
+    words = [*run.arguments, f"data.shards={data}/films/{{0..3}}", "data.eval_shards=s3://films/val"]
+    with pytest.raises(UserError, match=r"launch\.container"):
+        slurm.before([*words, f"launch.container={image}"], {})
+    image.touch()
+    binds = f"{ROOT}/configs,{tmp_path},{data}/films"
+    apptainer = slurm.before([*words, f"launch.container={image}"], {"SLURM_GPUS_ON_NODE": "8"})[3:]
+    assert apptainer[:4] == ["apptainer", "exec", "--nv", "--bind"]
+    assert sorted(apptainer[4].split(",")) == sorted(binds.split(","))
+    assert apptainer[5:] == ["--pwd", str(tmp_path), str(image)]
+    pyxis = slurm.before([*words, "launch.container=nvcr.io#nvidia/pytorch:25.01-py3"], {})[3:]
+    assert [word.partition("=")[0] for word in pyxis] == [
+        "--container-image",
+        "--container-mounts",
+        "--container-workdir",
+    ]
+    assert f"{data}/films:{data}/films" in pyxis[1]
 
 
 def test_before_refuses_a_config_with_problems(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"train\.steps"):
-        slurm.before([*run.arguments, "train.steps=0"])
+        slurm.before([*run.arguments, "train.steps=0"], {})
+    with pytest.raises(UserError, match=r"launch\.prologue"):
+        slurm.before([*run.arguments, "launch.prologue=a\nb"], {})
     assert slurm.main(["before", *run.arguments, "train.steps=0"]) == 93
     printed = capsys.readouterr()
     assert printed.out == ""

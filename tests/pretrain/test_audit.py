@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pretrain.audit import AuditResult, Witness, audit
 from pretrain.batch import ClipBatch
+from pretrain.decisions import Decisions, RolledBack, Skipped
 from pretrain.journal import Journal, JournalRow
 from pretrain.ledger import (
     ROW_DTYPE,
@@ -222,6 +223,7 @@ def test_honest_run_is_exact(run: Run) -> None:
         "abandoned_files": 2,
         "abandoned_rows": 6,  # of 8, one torn in each file
         "torn_tails": 2,
+        "withheld": 0,
     }
     assert text_of(result).splitlines() == [
         "audit of step 12: EXACT",
@@ -548,3 +550,53 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path, monkeypatch: pytest.M
 
 def test_result_is_plain_data(run: Run) -> None:
     assert json.loads(json.dumps(run.audit().to_json()))["exit_code"] == 0
+
+
+# ---------------------------------------------------------------------------------------------- steps given up
+
+
+def run_without(folder: Path, *steps: int, clips_per_video: int = 1) -> Run:
+    """A whole run that took no clip of these steps."""
+    run = Run(folder, clips_per_video=clips_per_video)
+    run.go(0, Attempt(world=2), lambda step, clips: [] if step in steps else clips)
+    (folder / "journal").mkdir(exist_ok=True)
+    return run
+
+
+@pytest.mark.parametrize("clips_per_video", [1, 2])
+def test_steps_that_were_decided_to_be_skipped_are_listed(tmp_path: Path, clips_per_video: int) -> None:
+    run = run_without(tmp_path, 2, 6, 7, clips_per_video=clips_per_video)
+    decisions = Decisions(tmp_path / "journal", is_writer=True)
+    decisions.add(Skipped(2, "not finite: gradient"))
+    decisions.add(RolledBack(at=8, to=4, first=6, stop=8, reason="a spike", attempt=0))
+    result = run.audit()
+    assert result.exit_code == 3, text_of(result)
+    assert result.counts["withheld"] == 12
+    assert result.counts["clips"] == 36
+    assert "step 2: not applied, 4 clips withheld (not finite: gradient)" in text_of(result)
+    assert "step 7: not applied, 4 clips withheld (a spike)" in text_of(result)
+
+
+def test_steps_nobody_decided_to_skip_are_missing(tmp_path: Path) -> None:
+    run = run_without(tmp_path, 2, 6)
+    Decisions(tmp_path / "journal", is_writer=True).add(Skipped(2, "not finite"))
+    result = run.audit()
+    assert result.exit_code == 1
+    assert result.counts["wrong_missing"] == 4
+    assert "wrong_withheld" not in result.counts
+
+
+def test_a_step_that_was_given_up_and_applied_is_a_contradiction(tmp_path: Path) -> None:
+    run = run_without(tmp_path)
+    Decisions(tmp_path / "journal", is_writer=True).add(Skipped(2, "not finite"))
+    result = run.audit()
+    assert result.exit_code == 1
+    assert result.counts["wrong_withheld"] == 4
+
+
+def test_decisions_that_cannot_be_read_are_a_violation(tmp_path: Path) -> None:
+    run = run_without(tmp_path)
+    (tmp_path / "journal" / "decisions.jsonl").write_text('{"kind": "other"}\n')
+    result = run.audit()
+    assert result.exit_code == 1
+    assert "decisions.jsonl" in text_of(result)

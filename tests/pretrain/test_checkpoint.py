@@ -28,13 +28,13 @@ def facts(step: int) -> Facts:
 
 def save(run_dir: Path, step: int, cuts: int = 2) -> Path:
     """A checkpoint whose states are cut into `cuts` even slices, one rank each."""
-    staging = checkpoint.begin(run_dir, step, 1)
+    staging = checkpoint.staging_folder(run_dir, step, 1)
     for rank in range(cuts):
         slices = []
         for name, values in VALUES.items():
             begin, end = len(values) * rank // cuts, len(values) * (rank + 1) // cuts
             slices += [(name, "fp32", begin, values[begin:end])] if end > begin else []
-        checkpoint.write_part(staging, rank, slices, Segment(f"r{rank}", 1, "x"))
+        checkpoint.write_part(staging, rank, slices, [Segment(f"r{rank}", 1, "x")])
     parts, segments = checkpoint.read_parts(staging, cuts)
     assert len(segments) == cuts
     checkpoint.stage(staging, facts(step), parts, LineageHead("l", "h"))
@@ -54,9 +54,9 @@ def test_any_slice_reads_back_whatever_wrote_it(
 
 
 def test_a_gap_between_slices_is_never_committed(tmp_path: Path) -> None:
-    staging = checkpoint.begin(tmp_path, 1, 1)
+    staging = checkpoint.staging_folder(tmp_path, 1, 1)
     slices = [("a.weight", "fp32", 0, torch.ones(11)), ("b.bias", "fp32", 0, torch.ones(5))]
-    checkpoint.write_part(staging, 0, slices, None)
+    checkpoint.write_part(staging, 0, slices)
     with pytest.raises(AssertionError, match=r"a\.weight fp32: 11 of 12"):
         checkpoint.stage(staging, facts(1), checkpoint.read_parts(staging, 1)[0], LineageHead("l", "h"))
     assert candidates(tmp_path) == []

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from pretrain import names, proof
 from pretrain.batch import COLOR_RGB24, IMAGENET_MEAN, IMAGENET_STD
-from pretrain.checkpoint import Facts, begin, publish, read_parts, stage, write_part
+from pretrain.checkpoint import Facts, publish, read_parts, stage, staging_folder, write_part
 from pretrain.data.decode import Frames
 from pretrain.downstream.view import middle_crops
 from pretrain.export import export, export_state
@@ -328,14 +328,14 @@ def test_unknown_config_is_called_unknown_in_the_card(tmp_path: Path) -> None:
 def write_checkpoint(run_dir: Path, step: int, model: Pretraining, config: dict[str, Any]) -> Path:
     """A real one, as two ranks would save it: every parameter cut in the middle."""
     state = {name: value.detach().flatten() for name, value in model.named_parameters()}
-    staging = begin(run_dir, step, 0)
+    staging = staging_folder(run_dir, step, 0)
     for rank in (0, 1):
         slices = []
         for name, flat in state.items():
             middle = len(flat) // 2
             start, end = ((0, middle), (middle, len(flat)))[rank]
             slices.append((name, "fp32", start, flat[start:end]))
-        write_part(staging, rank, slices, None)
+        write_part(staging, rank, slices)
     facts = Facts(
         step=step,
         optimizer_steps=step,

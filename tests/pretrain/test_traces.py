@@ -43,8 +43,8 @@ class Run:
         (ledger / name).write_bytes(rows.tobytes())
         segment = Segment(name, len(rows), "")
         self.head = commit_lineage(ledger, end, attempt, [segment], self.head)
-        staging = checkpoint.begin(self.folder, end, attempt)
-        checkpoint.write_part(staging, 0, [("w", "fp32", 0, torch.zeros(1))], segment)
+        staging = checkpoint.staging_folder(self.folder, end, attempt)
+        checkpoint.write_part(staging, 0, [("w", "fp32", 0, torch.zeros(1))], [segment])
         facts = Facts(end, end, attempt, self.cursor, self.config, {"w": [1]}, {}, [])
         checkpoint.stage(staging, facts, checkpoint.read_parts(staging, 1)[0], self.head)
         self.begin = end

@@ -6,6 +6,7 @@ What makes requeues fast (6 s instead of 121) is set here; `RequeueExit` is not,
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 ReturnToService=2
-KillWait=5
+KillWait=30
 JobRequeue=1
 NodeName=DEFAULT CPUs=2 RealMemory=4000 State=UNKNOWN
 NodeName=node[0-{last}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{slurmd_ports}]
@@ -138,6 +139,19 @@ class Slurm:
                 continue
         return len(pids)
 
+    def kill_node(self, number: int) -> None:
+        """What a node does that loses its power: its slurmd, the managers of its steps and all their processes end."""
+        name = f"node{number}"
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        tasks = [pid for pid in self.processes() if f"SLURMD_NODENAME={name}".encode() in environment_of(pid)]
+        managers = {parent_of(pid) for pid in tasks}
+        for pid in [*(pid for pid in managers if b"slurmstepd" in command_of(pid)), *tasks]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
     def wait_for(self, ready: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:
         """Poll until ready; an AssertionError that says why when it takes too long."""
         wait_for(ready, timeout_s, why)
@@ -198,6 +212,27 @@ def wait_for(ready: Callable[[], bool], timeout_s: float, why: Callable[[], str]
         time.sleep(0.2)
 
 
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def environment_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
@@ -240,3 +275,73 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
     finally:
         cluster.stop()
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+STEPS = 40
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run small enough for two ranks that share two cores with the tests, and long enough to be killed in."""
+    from shards.pack import PackOptions, pack
+
+    folder = tmp_path_factory.mktemp("packed") / "films"
+    pack(ROOT / "configs" / "clips", folder, PackOptions(short_side=96, max_frames=48, stride=2), None)
+    return [
+        f"data.shards={folder}",
+        f"train.steps={STEPS}",
+        "schedule.warmup_steps=2",
+        "train.global_batch=4",
+        "train.micro_batch=1",
+        "checkpoint.every_steps=4",
+        "eval.every_steps=0",
+        "track.wandb='off'",
+        "track.log_every_steps=1",
+    ]
+
+
+@dataclass
+class Uninterrupted:
+    """A job that `tubelet submit` made and nobody touches: what every other one must come to."""
+
+    slurm: Slurm
+    run: Path
+    job: str
+    said: dict[str, object]
+
+    def finished(self) -> Path:
+        """The run folder, once the job is done."""
+        self.slurm.wait_for(lambda: self.slurm.job(self.job)["JobState"] in ("COMPLETED", "FAILED"), 300, self.log)
+        facts = self.slurm.job(self.job)
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), self.log()
+        return self.run
+
+    def log(self) -> str:
+        """What the job said."""
+        return (self.run / "logs" / f"slurm-{self.job}.log").read_text() + self.slurm.why()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(slurm: Slurm, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    """Submitted, not waited for. On two nodes, in a stand-in for a container, after a line of shell."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    image = folder / "image.sif"
+    image.touch()
+    apptainer = folder / "apptainer"  # records how it was called, then runs the command outside of any container
+    apptainer.write_text(
+        f'#!/bin/sh\necho "$PROLOGUE: $@" >> {folder}/calls\nwhile [ "$1" != {image} ]; do shift; done\n'
+    )
+    with apptainer.open("a") as file:
+        file.write('shift\nexec "$@"\n')
+    apptainer.chmod(0o755)
+    run = folder / "run"
+    words = [
+        *(sys.executable, "-m", "launch.cli", "submit", str(ROOT / "configs" / "demo.yaml"), f"run.dir={run}"),
+        *(*settings, f"launch.container={image}", f"launch.prologue=export PATH={folder}:$PATH PROLOGUE=before"),
+        *("--nodes=2", "--time=20", "--sbatch=--ntasks-per-node=1", "--sbatch=--nodelist=node0,node1", "--json"),
+    ]
+    said = json.loads(slurm.run(*words, cwd=ROOT))
+    return Uninterrupted(slurm, run, said["job"], said)

@@ -16,8 +16,8 @@ from typing import Any
 from launch.bench import NUM_REPEATS, Progress, Spread, cpu_s, cpu_used_s, num_cores
 from pretrain.config import Config
 from pretrain.data.loader import ClipLoader
-from pretrain.sections import DataConfig
 from pretrain.metrics import read_metrics
+from pretrain.sections import DataConfig
 
 SHORTEST_WINDOW_S = 0.6
 FEWEST_REPEATS = 2

@@ -83,9 +83,7 @@ def one_rank(arguments: Sequence[str], *, module: str = "pretrain.train") -> lis
     return [sys.executable, "-u", "-m", module, *arguments]
 
 
-def several_ranks(
-    arguments: Sequence[str], num_ranks: int, port: int, *, module: str = "pretrain.train"
-) -> list[str]:
+def several_ranks(arguments: Sequence[str], num_ranks: int, port: int, *, module: str = "pretrain.train") -> list[str]:
     """The command that starts several ranks on this machine through the deepspeed launcher."""
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),

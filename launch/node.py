@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
     module = "pretrain.doctor" if is_doctor else "pretrain.train"
     if is_doctor and env["RANK"] == "0":
         env |= doctor_facts(os.environ)
-    # Slurm signals every process of a step. Until the trainer has its handlers, the signal must not kill.
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # Slurm signals every process of a step. Until the trainer has its handlers, the signal waits and does not kill.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     os.execve(sys.executable, [sys.executable, "-u", "-m", module, config, *overrides], env)
 
 

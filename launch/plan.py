@@ -45,6 +45,8 @@ BACKGROUND_STALL = 0.2
 """A save in the background stalls training for at most this share of a plain one (README, checkpoints)."""
 SHORTEST_INTERVAL_S, LONGEST_INTERVAL_S = 60.0, 3600.0
 """However unreliable the machines, and however reliable: people and schedulers stop jobs too."""
+MAX_WORKERS = 16
+"""Per GPU, that a plan proposes: nodes have about 12 to 28 cores for each card, and the trainer needs one as well."""
 SEED = 0
 
 
@@ -123,7 +125,7 @@ class Plan:
         kept, every = config.checkpoint.keep_every_steps, self.checkpoints.every_steps
         if kept % every:
             wanted.append(("checkpoint.keep_every_steps", kept, max(1, round(kept / every)) * every))
-        workers = -(-self.cores[0] // self.gpus)
+        workers = min(MAX_WORKERS, -(-self.cores[0] // self.gpus))
         if config.data.workers < workers:
             wanted.append(("data.workers", config.data.workers, int(workers)))
         return tuple(f"{key}={str(new).lower()}" for key, old, new in wanted if old != new)

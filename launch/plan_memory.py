@@ -110,7 +110,7 @@ def fullest_states(
         for rank in range(min(world_size, 8))
     ]
     fullest = max(found, key=lambda states: states.gradients + states.gradients_at_update)
-    return _offloaded(fullest, stage, mode) if offload else fullest
+    return _offloaded(fullest, stage, mode, STATE_BYTES[config.optim.name]) if offload else fullest
 
 
 def states_of(
@@ -174,19 +174,23 @@ def _partitioned(
     )
 
 
-def _offloaded(states: States, stage: int, mode: Mode) -> States:
+def _offloaded(states: States, stage: int, mode: Mode, moments: int) -> States:
     """With `zero.offload`: the optimizer's states and a copy of its gradients go to the host.
 
-    Stages 1 and 2 still add up on the card and stage 3 on the host (its `grad_partitions_flat_buffer`). Read in
-    DeepSpeed's source and seen as sums over both places on CPU ranks; not measured on a card.
+    Stages 1 and 2 still add up on the card and stage 3 on the host (its `grad_partitions_flat_buffer`); stage 1 uses
+    the same optimizer as 2. Read in DeepSpeed's source and seen as sums over both places on CPU ranks; not measured
+    on a card.
     """
-    share = states.optimizer // 3  # of Adam's three; of SGD's two the larger half: on the safe side
+    share = states.optimizer * FP32_BYTES // (FP32_BYTES + moments)
     if stage == 3:
         return States(states.parameters, 0, 0, 0, states.buckets, states.optimizer + 2 * share)
-    whole = states.parameters // (BF16_BYTES if mode == "bf16" else FP32_BYTES)
-    gradients = FP32_BYTES * whole + share if stage == 1 else states.gradients
-    host = states.optimizer + share + share // (2 if mode == "bf16" else 1)
-    return States(states.parameters, gradients, gradients, 0, states.buckets, host)
+    value_bytes = BF16_BYTES if mode == "bf16" else FP32_BYTES
+    numel = states.parameters // value_bytes
+    gradients, buckets = states.gradients, states.buckets
+    if stage == 1:
+        gradients, buckets = FP32_BYTES * numel + share, FP32_BYTES * min(numel, MAX_BUCKET_NUMEL)
+    host = states.optimizer + share + share * value_bytes // FP32_BYTES
+    return States(states.parameters, gradients, gradients, 0, buckets, host)
 
 
 def _padded(numel: int, world_size: int) -> int:

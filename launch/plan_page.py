@@ -172,8 +172,8 @@ def _failures(plan: Plan) -> Iterator[str]:
     yield ""
     days = HORIZON_S / HOUR_S / 24
     restart = f"{saving.restart_s / 60:.0f} min a restart"
-    yield f"effective training time: {days:.0f} days simulated, saved every {_duration(saving.interval_s)}, {restart}"
-    yield "(assumed), on clusters that fail as often as"
+    yield f"effective training time: a save every {_duration(saving.interval_s)}, {restart}"
+    yield f"(assumed), {days:.0f} days simulated on clusters that fail as often as"
     yield from (f"  {rate.name:<9} {rate.source}" for rate in RATES)
     yield f"{'GPUs':>8}" + "".join(f"{rate.name:>12}" for rate in RATES)
     for size, by_rate in plan.ettr_by_size.items():

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -150,8 +150,10 @@ def kept_steps(steps: Sequence[int], count: int, every_steps: int) -> list[int]:
     return [s for n, s in enumerate(newest_first) if n < count or (every_steps and s % every_steps == 0)]
 
 
-def keep_newest(run_dir: Path, count: int, step: int, attempt: int, every_steps: int = 0) -> None:
-    """After the commit of `step`: delete all but `kept_steps`, and what this and older attempts left staged.
+def keep_newest(
+    run_dir: Path, count: int, step: int, attempt: int, every_steps: int = 0, pinned: Collection[int] = ()
+) -> None:
+    """After the commit of `step`: delete all but `kept_steps` and `pinned`, and what older saves left staged.
 
     A checkpoint of a later step was found broken at the start, else the run would have gone on from it: it does not
     count, and goes.
@@ -159,7 +161,7 @@ def keep_newest(run_dir: Path, count: int, step: int, attempt: int, every_steps:
     folders = candidates(run_dir)
     kept = kept_steps([s for folder in folders if (s := step_of(folder)) <= step], count, every_steps)
     for folder in folders:
-        if step_of(folder) not in kept:
+        if step_of(folder) not in (*kept, *pinned):
             discard(folder)
     for leftover in (run_dir / "checkpoints").glob("*.tmp"):
         owner = leftover.name.split(".")[1]
@@ -330,7 +332,10 @@ def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not checkpoint.has(name, "fp32"):  # a buffer
             continue
         numel = int(torch.Size(shape).numel())
-        tensors[name] = checkpoint.read(name, "fp32", 0, numel).reshape(shape)
+        try:
+            tensors[name] = checkpoint.read(name, "fp32", 0, numel).reshape(shape)
+        except BrokenCheckpoint as error:
+            raise UserError(f"checkpoint {path} is broken: {error}; use another one of the same run") from error
     return tensors, checkpoint.facts.config
 
 

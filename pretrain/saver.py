@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,14 +79,16 @@ class Saver:
         world: World,
         settings: CheckpointConfig,
         *,
+        pinned: Callable[[], Collection[int]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`pinned`: steps of checkpoints that must not be deleted yet."""
         self.lineage: LineageHead | None = None
         """Of the newest checkpoint; kept up to date on rank 0 alone."""
         self.newest_step: int | None = None
         """Step of the newest checkpoint that this attempt committed; the same on all ranks."""
         self._run_dir, self._attempt, self._world, self._settings = run_dir, attempt, world, settings
-        self._clock, self._durable_time = clock, clock()
+        self._pinned, self._clock, self._durable_time = pinned, clock, clock()
         self._wanted_time: float | None = None
         self._number = 0
         self._save: _Save | None = None
@@ -208,7 +210,8 @@ class Saver:
         refuse_superseded(self._run_dir, self._attempt)
         try:
             keep = self._settings
-            checkpoint.keep_newest(self._run_dir, keep.keep, save.step, self._attempt, keep.keep_every_steps)
+            pinned = {*self._pinned(), save.step}
+            checkpoint.keep_newest(self._run_dir, keep.keep, save.step, self._attempt, keep.keep_every_steps, pinned)
         except OSError as error:  # the checkpoint is there; what should go will go after the next one
             log.warning("old checkpoints could not be deleted: %s", error)
 

@@ -30,6 +30,7 @@ from pretrain.gallery import draw_held_out
 from pretrain.journal import Journal
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
+from pretrain.mirroring import Mirroring, restore_from_mirror
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
 from pretrain.recovery import Recovery, load_initial, refuse_other_config, refuse_other_data
@@ -70,16 +71,13 @@ class Rank:
     """When the attempt began, by `time.perf_counter`."""
 
     def close(self, trainer: Trainer, outcome: Outcome) -> None:
-        """The end of an attempt: write the outcome, end the helpers."""
-        trainer.rounds.close()
-        trainer.loader.close()
+        """The end of an attempt: end the helpers, write the outcome."""
+        trainer.close(outcome)
         if self.world.is_first:
             if outcome.outcome == "finished":
                 self.flag.honoured()
                 write_atomic(self.run_dir / "DONE", json.dumps({"step": outcome.step}).encode() + b"\n")
             record_outcome(self.run_dir, self.attempt, outcome)
-        trainer.tracker.close()
-        trainer.engine.close()
 
     def next_attempt(self) -> Rank:
         """The same rank under the next number: after a roll-back, without leaving the group."""
@@ -112,6 +110,7 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
     A config that is another run's is refused before anything in its folder is touched.
     """
     begun_s = time.perf_counter()
+    watch_parents()
     world = world_from_environment()
     run_dir = Path(config.run.dir)
     refuse_other_config(run_dir, config, allow_change=allow_change)
@@ -125,10 +124,12 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
             f"start {config.train.global_batch} ranks or fewer, or raise it in a new run"
         )
     device = join_ranks(world, config.limits.collective_timeout_s)
-    watch_parents()
     agreement = Agreement(config.limits.collective_timeout_s)
     if world.is_first:
         _make_run_folder(run_dir)
+        restored = restore_from_mirror(run_dir, config.checkpoint)
+        if restored is not None:
+            Console(is_first=True).say(f"restored step {restored} from {config.checkpoint.mirror}")
     attempt = _take_number(run_dir, world, agreement)
     _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
     flag, watchdog = StopFlag(run_dir, world), Watchdog(run_dir, attempt, world, config.limits)
@@ -195,7 +196,10 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         seed=config.run.seed,
     )
     ledger = Ledger(rank.run_dir / "ledger", rank.attempt, world.rank)
-    saver = Saver(rank.run_dir, rank.attempt, world, config.checkpoint)
+    has_mirror = world.is_first and config.checkpoint.mirror is not None
+    mirroring = Mirroring(rank.run_dir, rank.attempt, config.checkpoint) if has_mirror else None
+    pinned = mirroring.pinned if mirroring is not None else tuple
+    saver = Saver(rank.run_dir, rank.attempt, world, config.checkpoint, pinned=pinned)
     decisions = Decisions(rank.run_dir / "journal", is_writer=world.is_first)
     recovery = Recovery(
         run_dir=rank.run_dir,
@@ -248,6 +252,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         tracker=tracker,
         meter=meter,
         console=rank.console,
+        mirroring=mirroring,
     )
     return trainer, start
 

@@ -49,6 +49,8 @@ class StopFlag:
         self._wish = Stop.NO
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        # Whoever started this rank may have blocked them until now, so that none is lost (launch/node.py).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._wish = max(self._wish, Stop.SIGNAL)

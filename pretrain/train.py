@@ -29,6 +29,7 @@ from pretrain.evaluation import Evaluation
 from pretrain.failures import FailureLadder, RollBack
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
+from pretrain.mirroring import Mirroring
 from pretrain.recovery import Recovery
 from pretrain.redact import without_secrets
 from pretrain.rounds import Rounds
@@ -39,6 +40,9 @@ from pretrain.watchdog import Part, Watchdog
 from shards.errors import UserError
 
 log = logging.getLogger(__name__)
+
+MIRROR_GRACE_S = 20.0
+"""How long a run that is asked to stop goes on copying to the mirror; the next attempt does the rest."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Trainer:
     tracker: Tracker
     meter: Meter
     console: Console
+    mirroring: Mirroring | None
     losses: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
     """(step, sum and count of the loss on this rank, on the device) of the steps since the last log row."""
 
@@ -175,6 +180,16 @@ class Trainer:
         self.tracker.write({**event, "step": done, "reason": row.reason})
         return Outcome("rolled_back", done, describe([row]))
 
+    def close(self, outcome: Outcome) -> None:
+        """End what works beside training. A finished run waits until the mirror has its last checkpoint."""
+        self.rounds.close()
+        self.loader.close()
+        if self.mirroring is not None:
+            self.mirroring.close(None if outcome.outcome == "finished" else MIRROR_GRACE_S)
+            self.tell_saves()
+        self.tracker.close()
+        self.engine.close()
+
     def evaluate(self, done: int, evaluation: Evaluation) -> None:
         """The held-out loss; moves no cursor."""
         with self.meter.section("eval"), self.watchdog.part("eval"):
@@ -191,12 +206,18 @@ class Trainer:
             if settled.is_committed:
                 self.tracker.write({"kind": "save", **facts, "write_s": settled.write_s, "bytes": settled.num_bytes})
                 self.tracker.publish(settled.step)
+                if self.mirroring is not None:
+                    self.mirroring.offer(settled.step)
                 continue
             self.tracker.write({"kind": "event", "event": "save_failed", "reason": settled.reason, **facts})
             self.console.say(
                 f"the save of step {settled.step} failed ({settled.reason}); training goes on, "
                 f"{self.config.checkpoint.max_age_s - saver.failing_s:.0f} s until it stops for that"
             )
+        for event in self.mirroring.events() if self.mirroring is not None else ():
+            self.tracker.write(event)
+            if event["event"] == "mirror_failed":
+                self.console.say(f"step {event['step']} did not reach the mirror: {event['reason']}; training goes on")
         if saver.failing_s > self.config.checkpoint.max_age_s:
             self.flag.wish(Stop.UNSAVED)
         if saver.ledger_error is not None:

@@ -21,7 +21,8 @@ from pathlib import Path
 from pretrain.stop import watch_parents
 
 watch_parents(poll_s=0.1)
-(Path(sys.argv[-1].removeprefix("run.dir=")) / os.environ["RANK"]).touch()
+up = Path(sys.argv[-1].removeprefix("run.dir=")) / os.environ["RANK"]
+up.write_text(os.environ.get("OMP_NUM_THREADS", "did not travel"))
 time.sleep(600)
 """
 """A rank that does nothing, prints nothing and asks nobody: only watching can tell it that its launcher is gone."""
@@ -62,7 +63,8 @@ def sshd_of_second_host(start: Start) -> int:
 def test_a_rank_notices_by_itself(hosts: Hosts, stand_in: Path, victim: Callable[[Start], int], survivors: int) -> None:
     run = stand_in / "run"
     with started(hosts, "ssh", Path("any.yaml"), run, cwd=stand_in) as start:
-        wait_for(lambda: (run / "0").exists() and (run / "1").exists(), 60, start.why)
+        wait_for(lambda: all((run / rank).exists() and (run / rank).read_text() for rank in "01"), 60, start.why)
+        assert [(run / rank).read_text() for rank in "01"] == ["1", "1"], "~/.deepspeed_env says 1"
         send([victim(start)], signal.SIGKILL)
         wait_for(lambda: len(start.ranks()) == survivors, 5, start.why)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.plan_memory import MAX_BUCKET_NUMEL, arithmetic, states_of
+from launch.plan_memory import MAX_BUCKET_NUMEL, arithmetic, fullest_states, states_of
 from launch.plan_network import Mode, Network, network_of
 from launch.plan_traffic import traffic_of
 from pretrain import engine
@@ -174,3 +174,18 @@ def test_whole_model_states_follow_the_paper_where_it_applies() -> None:
     assert states.optimizer == pytest.approx(12 * numel / 64, rel=0.01)
     assert states.gradients == pytest.approx(4 * numel / 64, rel=0.01)
     assert states.parameters == pytest.approx(2 * numel / 64 + 2 * numel, rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "on_card", "on_host"), [("bf16", 2 + 2, 6 + 2 + 1), ("fp32", 4, 6 + 2 + 2)])
+def test_offload_moves_states_to_the_host(precision: str, on_card: int, on_host: int) -> None:
+    """Bytes per parameter of two ranks at stage 2, as looked up once with offload on CPU ranks: masters and moments,
+    gradients for the optimizer, parameters on their way back.
+    """
+    config = config_of(f"train.precision={precision}")
+    network = network_of(config)
+    states = fullest_states(network, config, stage=2, offload=True, world_size=2, accumulates=True)
+    assert states.optimizer == 0
+    assert states.parameters + (states.gradients if precision == "bf16" else 0) == pytest.approx(
+        on_card * network.num_parameters, rel=0.05
+    )
+    assert states.host == pytest.approx(on_host * network.num_parameters, rel=0.05)

@@ -17,10 +17,10 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	@$(BIN)/python tests/needs.py
-	$(PYTEST)
+	$(PYTEST) -n 2 --dist loadgroup
 
 quick: .venv/dev.stamp
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
 
 test-full: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/full

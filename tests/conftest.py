@@ -9,7 +9,41 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.left_out import LEFT_OUT, forget_doubles
+
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = ("tests/slurm", "tests/dist", "tests/s3", "tests/launch/test_hosts.py")
+"""What shares something costly for a whole session, a Slurm, pools of ranks, a gateway: stays with one worker."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers share the tests (pytest-xdist): by file, and by folder where a folder shares something."""
+    for item in items:
+        name = item.path.relative_to(ROOT).as_posix()
+        group = next((shared for shared in SHARED if name.startswith(shared)), name)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands on what it left out."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = session.config.stash.get(LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker is done."""
+    node.config.stash.setdefault(LEFT_OUT, []).extend(getattr(node, "workeroutput", {}).get("left_out", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What was left out, by name."""
+    lines = forget_doubles(config.stash.get(LEFT_OUT, []))
+    if lines:
+        terminalreporter.section("left out")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -1,31 +1,18 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.launch.hosts import INSTALL, Hosts, missing_programs
-
-LEFT_OUT = pytest.StashKey[list[str]]()
+from tests.left_out import leave_out
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where sshd or pdsh is not installed its tests are left out, and named at the end; in CI they fail instead."""
-    mine = [item for item in items if "hosts" in getattr(item, "fixturenames", ())]
-    if mine and missing_programs() and os.environ.get("CI") != "true":
-        items[:] = [item for item in items if item not in mine]
-        config.hook.pytest_deselected(items=mine)
-        config.stash[LEFT_OUT] = [item.nodeid for item in mine]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    names = config.stash.get(LEFT_OUT, [])
-    if names:
-        terminalreporter.section("left out: sshd or pdsh is not installed")
-        terminalreporter.write_line(f"To run them as well, as root: {INSTALL}")
-        for name in names:
-            terminalreporter.write_line(f"  {name}")
+    """Without its programs these tests are left out, and named at the end; in CI they fail instead."""
+    if missing_programs():
+        mine = [item for item in items if "hosts" in getattr(item, "fixturenames", ())]
+        leave_out(config, items, mine, missing="sshd or pdsh", install=INSTALL)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_without_slurm(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         while not is_here("f00d"):
             time.sleep(0.01)
         assert status(run.dir).state == "running"
-        quiet = NOW - QUIET_S - 100
+        quiet = time.time() - QUIET_S - 100
         for file in (run.dir / "metrics.jsonl", *(run.dir / "attempts").iterdir()):
             os.utime(file, (quiet, quiet))
         assert "running, but silent for 11 min" in status(run.dir).lines()[0]

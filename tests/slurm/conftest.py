@@ -22,12 +22,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.left_out import leave_out
+
 ROOT = Path(__file__).resolve().parents[2]
 NUM_NODES = 4
 DAEMONS = ("slurmctld", "slurmd", "munged")
 CLIENTS = ("sbatch", "srun", "scancel", "scontrol", "sinfo")
 INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
-LEFT_OUT = pytest.StashKey[list[str]]()
 
 CONFIG = """\
 ClusterName=tubelet
@@ -246,21 +247,10 @@ def missing_programs() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where Slurm is not installed these tests are left out, and named at the end; in CI they fail instead."""
-    mine = [item for item in items if Path(__file__).parent in item.path.parents]
-    if mine and missing_programs() and os.environ.get("CI") != "true":
-        items[:] = [item for item in items if item not in mine]
-        config.hook.pytest_deselected(items=mine)
-        config.stash[LEFT_OUT] = [item.nodeid for item in mine]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    names = config.stash.get(LEFT_OUT, [])
-    if names:
-        terminalreporter.section("left out: Slurm is not installed")
-        terminalreporter.write_line(f"To run them as well, as root: {INSTALL}")
-        for name in names:
-            terminalreporter.write_line(f"  {name}")
+    """Without its programs these tests are left out, and named at the end; in CI they fail instead."""
+    if missing_programs():
+        mine = [item for item in items if Path(__file__).parent in item.path.parents]
+        leave_out(config, items, mine, missing="Slurm", install=INSTALL)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 # make check    style, types, import directions                    make fix     mend style where a tool can
 # make bench    measure, print figures                             make clean   remove what these commands made
 # make test-full   the full products of stages, worlds and splits  make test-gpu   what needs a GPU
+# make soak     kill a run a hundred times at random moments
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -10,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 # The folders that the plain test command leaves out (pyproject.toml) are named one by one.
 PYTEST_ALONE := $(PYTEST) -o addopts="-q --import-mode=importlib --strict-markers"
 
-.PHONY: demo quick test check fix bench clean test-full test-gpu
+.PHONY: demo quick test check fix bench clean test-full test-gpu soak
 
 demo: .venv/run.stamp
 	$(BIN)/python -m launch.demo
@@ -25,6 +26,11 @@ quick: .venv/dev.stamp
 test-full: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/full
 
+# KILLS: how often the run is killed before it may finish.
+KILLS ?= 100
+soak: .venv/dev.stamp
+	$(BIN)/python tests/soak.py --kills $(KILLS)
+
 test-gpu: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/gpu
 
@@ -35,6 +41,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python tests/bench/bench_order.py
 	$(BIN)/python tests/bench/simulate_requests.py
+	$(BIN)/python tests/bench/bench_save.py
 	$(if $(DATA),$(BIN)/python tests/bench/bench_memory.py $(DATA))
 	$(if $(DATA),$(BIN)/python tests/bench/bench_s3.py $(DATA) --parts start delay bytes faults)
 	$(if $(FILMS),$(BIN)/python tests/bench/bench_clip.py $(FILMS))

@@ -78,18 +78,23 @@ class Trainer:
             if self.evaluation is not None and every(done, self.config.eval.every_steps, last):
                 self.evaluate(done, self.evaluation)
 
-            stop = self.rounds.next()
             is_due |= every(done, self.config.checkpoint.every_steps, last)
-            with self.meter.section("save"), self.watchdog.part("save"):
+            with self.watchdog.part("save"):
+                stop = self.rounds.next()
                 if stop or done == last:
                     return self.end(stop, done)
                 if is_due and self.recovery.saver.step_in_flight is None:
                     is_due = False
-                    self.recovery.begin_save(done)
-                    if not self.config.checkpoint.background:
-                        self.rounds.finish_save()
+                    self.save(done)
             self.tell_saves()
         return Outcome("finished", last, f"all {last} steps are done")
+
+    def save(self, done: int) -> None:
+        """Begin a checkpoint; where it is not to be written behind training, wait for it."""
+        with self.meter.section("save"):
+            self.recovery.begin_save(done)
+            if not self.config.checkpoint.background:
+                self.rounds.finish_save()
 
     def take(self, step: int, part: Part) -> RollBack | None:
         """One step: batch, forward, backward, update, ledger; or over it, where that was decided."""

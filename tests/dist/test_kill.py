@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,26 +124,6 @@ def test_killed_and_resumed_on_another_number_of_ranks(
     assert consumed(tmp_path / "run") == consumed(reference)
     result = audit_run(tmp_path / "run")
     assert result.exit_code == 0, "\n".join(result.lines)
-
-
-def test_killed_from_outside_at_a_moment_it_does_not_know(reference: Path, tmp_path: Path, packed: Path) -> None:
-    """Through the real command with the real launcher, three times, until it ends by itself."""
-    config = write_config(tmp_path, packed)
-    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--ranks", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    moments = random.Random(int.from_bytes(os.urandom(4)))
-    for wanted_steps in (1, 3):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-        wait_for(lambda steps=wanted_steps: num_logged(tmp_path / "run") >= steps, process)
-        time.sleep(moments.uniform(0, 0.5))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_end(tmp_path / "run", reference)
-    again = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
-    assert again.returncode == 0
-    assert "is finished" in again.stdout
 
 
 def num_logged(run_dir: Path) -> int:

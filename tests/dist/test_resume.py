@@ -92,9 +92,10 @@ def test_torchrun_is_the_same_run(half: Path, tmp_path: Path) -> None:
     assert audit_run(tmp_path / "run").exit_code == 0
 
 
-def test_numbers_that_blow_up_end_the_run_before_a_save(half: Path, tmp_path: Path) -> None:
-    output = fail(half, f"run.dir={tmp_path / 'run'}", "optim.lr=1e30", "train.steps=20", "checkpoint.every_steps=1")
-    assert "is not finite" in output
+def test_numbers_that_blow_up_are_never_saved_and_ask_a_person(half: Path, tmp_path: Path) -> None:
+    words = ("optim.lr=1e30", "train.steps=20", "checkpoint.every_steps=1", "failure.max_rollbacks=0")
+    output = fail(half, f"run.dir={tmp_path / 'run'}", *words)
+    assert "was not applied: not finite" in output
     assert "lower optim.lr" in output
     found = newest(tmp_path / "run")
     if found is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_readme import ON_SLURM, commands
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.slow
@@ -65,3 +67,17 @@ def test_a_job_runs_the_code_it_was_submitted_with(slurm: Any, tmp_path: Path, s
     slurm.wait_for(lambda: slurm.job(job)["JobState"] == "FAILED", 60, slurm.why)
     assert "the copy was run" in (run / "logs" / f"slurm-{job}.log").read_text()
     assert status(slurm, run)["state"] == "never started"
+
+
+def test_the_commands_of_the_readme(slurm: Any, tmp_path: Path) -> None:
+    lines = [line for line in commands("tubelet") if line.split()[1] in ON_SLURM]
+    assert [line.split()[1] for line in lines] == ["submit", "status"]
+    run = f"run.dir={tmp_path / 'vit_large_k400'}"
+    done = tubelet(slurm, *lines[0].split()[1:], run, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "--nodes=8" in done.stdout
+    assert "--cpus-per-task=12" in done.stdout
+    (tmp_path / "vit_large_k400" / "attempts").mkdir(parents=True)
+    done = tubelet(slurm, "status", tmp_path / "vit_large_k400")
+    assert done.returncode == 0, done.stderr
+    assert "never started" in done.stdout

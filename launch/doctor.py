@@ -22,6 +22,9 @@ from typing import Any, cast
 
 from launch import local
 from launch.container import container_words
+from launch.job import hostnames
+from launch.node import free_port, master_port, meeting_hosts, tasks_on_node
+from launch.snapshot import ROOT
 from pretrain.config import Config, load_config
 from pretrain.finding import is_fit, lines, next_command
 from shards.errors import UserError
@@ -31,6 +34,7 @@ BATCH_SCRIPT = "slurm/pretrain.sh"
 SIGNAL_DEFAULT_S = 60
 """What --signal=USR1 without a time means."""
 NOT_FIT = 2
+NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
 LEFT_ALONE_S = 300
 """How long srun lets the other ranks go on after one has ended: they name it, and end by themselves."""
 
@@ -100,16 +104,34 @@ def srun_command(
     """One srun line with the tasks of the allocation, in the container of the config. A rank that dies ends no other:
     rank 0 must live to name it.
     """
+    exported = [f"{name}={value}" for name, value in host_facts(loaded, slurm).items()]
     options, inside = container_words(loaded, config, slurm)
-    python = "python" if options or inside else sys.executable
+    started = [sys.executable]
+    if options or inside:  # launch.node must not ask for the names in these lists: there is no scontrol
+        started = ["env", *(word for name in NODE_LISTS for word in ("-u", name)), "python"]
     return [
         *("srun", "--kill-on-bad-exit=0", f"--wait={LEFT_ALONE_S}", "--overlap"),
         *([f"--ntasks={ranks}"] if ranks is not None else []),
+        f"--export={','.join(['ALL', *exported])}",
         *options,
         *inside,
-        *(python, "-m", "launch.node", "--doctor"),
+        *(*started, "-m", "launch.node", "--doctor"),
         *arguments,
     ]
+
+
+def host_facts(loaded: Config, slurm: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the ranks, worked out here as for the batch script: inside a container nobody can ask Slurm."""
+    facts: dict[str, str] = {}
+    if "SLURM_JOB_NODELIST" in slurm:
+        nodes = hostnames(slurm["SLURM_JOB_NODELIST"])
+        facts = {"TUBELET_HOSTS": "/".join(meeting_hosts(nodes)), "TUBELET_PORT": str(free_port(master_port(slurm)))}
+        counts = slurm.get("SLURM_TASKS_PER_NODE")
+        tasks = [tasks_on_node(counts, number) for number in range(len(nodes))] if counts else []
+        facts |= slurm_facts(slurm, nodes[: len(tasks)], tasks)
+    if loaded.launch.interface:
+        facts["TUBELET_INTERFACE"] = loaded.launch.interface
+    return facts
 
 
 def srun_environment(slurm: Mapping[str, str]) -> dict[str, str]:
@@ -121,31 +143,34 @@ def srun_environment(slurm: Mapping[str, str]) -> dict[str, str]:
 def slurm_facts(slurm: Mapping[str, str], nodes: Sequence[str], tasks: Sequence[int]) -> dict[str, str]:
     """What rank 0 must be told of Slurm: the node of every rank (for ranks that never say), and the signal's lead.
 
-    `nodes` and `tasks`: the names of the nodes in rank order, and how many tasks each has.
+    `nodes` and `tasks`: the names of the nodes in rank order, and how many tasks each has. Without nodes, or with a
+    lead in `slurm`, what was found out before stays.
     """
     placed = [name for name, number in zip(nodes, tasks, strict=True) for _ in range(number)]
-    facts = {"TUBELET_NODES": ",".join(f"{name}*{len(list(group))}" for name, group in groupby(placed))}
-    lead_s = None if "TUBELET_SIGNAL_LEAD_S" in slurm else signal_lead_s(batch_script(slurm.get("SLURM_JOB_ID", "")))
-    return facts if lead_s is None else {**facts, "TUBELET_SIGNAL_LEAD_S": str(lead_s)}
+    listed = "/".join(f"{name}*{len(list(group))}" for name, group in groupby(placed))
+    facts = {"TUBELET_PLACES": listed} if placed else {}
+    is_told = "TUBELET_SIGNAL_LEAD_S" in slurm or "TUBELET_SCRIPT_LEAD_S" in slurm
+    return facts if is_told else {**facts, **script_facts(slurm.get("SLURM_JOB_ID", ""))}
 
 
-def batch_script(job: str) -> str:
-    """The script of this job; of an interactive allocation, which has none, the one that will be submitted."""
+def script_facts(job: str) -> dict[str, str]:
+    """The lead that the script of this job asks for; of an interactive allocation, which has none, the one that will
+    be submitted, by its name. The options of sbatch override it, and Slurm does not show them.
+    """
     command = ["scontrol", "write", "batch_script", job, "-"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=False)
         if shown.stdout.startswith("#!"):  # salloc has none, and its exit code is 0 then
-            return shown.stdout
-        return Path(BATCH_SCRIPT).read_text()
+            return {"TUBELET_SCRIPT_LEAD_S": str(signal_lead_s(shown.stdout))}
+        ours = (ROOT / BATCH_SCRIPT).read_text()
     except OSError:
-        return ""
+        return {}
+    return {"TUBELET_SCRIPT_LEAD_S": str(signal_lead_s(ours)), "TUBELET_SCRIPT": BATCH_SCRIPT}
 
 
-def signal_lead_s(script: str) -> int | None:
-    """Seconds before the end at which the script asks for a signal; 0 if it asks for none, None without a script."""
-    if not script:
-        return None
-    found = re.search(r"^#SBATCH\b.*--signal[= ]\"?(?:[BR]+:)?\w+(?:@(\d+))?", script, re.MULTILINE)
-    if found is None:
+def signal_lead_s(script: str) -> int:
+    """Seconds before the end at which the script asks for a signal to the ranks; 0 if it asks for none."""
+    found = re.search(r"^#SBATCH\b.*--signal[= ]\"?(?:([BR]+):)?\w+(?:@(\d+))?", script, re.MULTILINE)
+    if found is None or "B" in (found[1] or ""):  # B: the batch shell alone gets it
         return 0
-    return int(found[1] or SIGNAL_DEFAULT_S)
+    return int(found[2] or SIGNAL_DEFAULT_S)

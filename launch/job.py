@@ -79,8 +79,10 @@ def jobs_of(run_dir: Path, started_by: str = "") -> list[Queued]:
 
 
 def facts_of(job: str) -> dict[str, str]:
-    """Fields of `scontrol show job --oneliner`; those with spaces in them (Command) are cut short."""
-    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", ask("scontrol", "show", "job", "--oneliner", job).stdout))
+    """Fields of `scontrol show job`; those with spaces in them are cut short, but for JobName and StdOut."""
+    shown = ask("scontrol", "show", "job", job).stdout  # with --oneliner nobody could tell where these two end
+    to_the_end_of_line = re.findall(r"^(?:JobId=.*? | +)(JobName|StdOut)=(.*)$", shown, re.MULTILINE)
+    return dict(re.findall(r"(?:^|\s)([A-Z][\w/:]*)=(\S*)", shown)) | dict(to_the_end_of_line)
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -100,8 +102,10 @@ def partition_nodes(partition: str) -> dict[str, bool]:
     return {name: not (state.endswith("*") or state.startswith(UNUSABLE)) for name, state in rows}
 
 
-def requeue(job: str, exclude: Sequence[str], say: Callable[[str], None]) -> bool:
+def requeue(job: str, exclude: Sequence[str] | None, say: Callable[[str], None]) -> bool:
     """Put the job back into the queue, without these nodes. False where Slurm forbids it, which is said.
+
+    `exclude` is the whole list from now on, and may be empty; None leaves it as it is.
 
     This ends the job and soon this process: everything else must be on disk before. Slurm lets the list of nodes be
     changed only once the job waits; until the job starts again, seconds later at the earliest, there is time for it.
@@ -110,10 +114,11 @@ def requeue(job: str, exclude: Sequence[str], say: Callable[[str], None]) -> boo
     if again.returncode:
         say(f"job {job} cannot be requeued ({again.stderr.strip()}): submitting a copy that follows it")
         return False
-    if exclude:
+    if exclude is not None:
         changed = ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}", patience_s=0)
         if changed.returncode:
-            say(f"{','.join(exclude)} could not be excluded ({changed.stderr.strip()}); tried again at the next start")
+            words = f"the excluded nodes could not be changed to {','.join(exclude) or 'none'}"
+            say(f"{words} ({changed.stderr.strip()}); tried again at the next start")
     say(f"job {job} is queued again")
     return True
 
@@ -144,7 +149,11 @@ def copy_options(
     options += [f"--exclude={','.join(exclude)}"] * bool(exclude)
     for field, option in _COPIED.items():
         value = facts.get(field, "")
-        if value not in ("", "0", "(null)", "N/A"):
+        if (
+            field == "StdOut"
+        ):  # a percent sign is two for sbatch, and one or two (seen with Slurm 22.05) in what it shows
+            value = re.sub("%%?", "%%", value)
+        if value not in ("", "(null)", "N/A"):  # "0" is a wish, too: all memory of a node
             options.append(f"--{option}={value}")
     if "SLURM_NTASKS_PER_NODE" in slurm:
         options.append(f"--ntasks-per-node={slurm['SLURM_NTASKS_PER_NODE']}")

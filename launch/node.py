@@ -16,6 +16,7 @@ from typing import NoReturn
 from launch import cores, outcome
 from launch.interface import LOOPBACK, check_interface, interface_to
 from launch.job import ask, hostnames
+from pretrain.redact import without_secrets
 from shards.errors import UserError
 from shards.slice import Slice
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     try:
         env = {**os.environ, **rank_environment(os.environ), "TUBELET_START": f"0:{start_token(os.environ)}"}
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(without_secrets(str(error)), file=sys.stderr)
         sys.exit(outcome.PERSON_NEEDED)
     local_rank, local_size = int(env["LOCAL_RANK"]), int(env["LOCAL_SIZE"])
     mine, words = cores.choose(cores.allowed_cores(), os.environ, local_rank, local_size)

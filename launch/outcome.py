@@ -5,6 +5,8 @@ Launchers lie: `deepspeed` can exit 0 after losing its child, `srun` returns 143
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pretrain.attempt import EXIT_CODES, attempt_of, read_outcome, read_refusal
@@ -12,6 +14,9 @@ from pretrain.attempt import EXIT_CODES, attempt_of, read_outcome, read_refusal
 FINISHED = EXIT_CODES["finished"]
 TRY_AGAIN = EXIT_CODES["failed"]
 PERSON_NEEDED = EXIT_CODES["person"]
+
+ASKED = "attempts/asked"
+"""Touched when a person was asked because starts reached no new checkpoint: what was before it counts no more."""
 
 
 def exit_code(run_dir: Path, *, token: str, since: int, launcher_code: int) -> int:
@@ -34,7 +39,21 @@ def exit_code(run_dir: Path, *, token: str, since: int, launcher_code: int) -> i
 
 
 def starts_without_progress(run_dir: Path) -> int:
-    """How many attempts, counted from the newest, began after the newest checkpoint was written."""
-    saved = [file.stat().st_mtime for file in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
-    started = [file.stat().st_mtime for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()]
-    return sum(time > max(saved, default=0.0) for time in started)
+    """How many starts, with an attempt or before they took one, began after the newest checkpoint was written.
+
+    Those before a person was asked do not count. Raises `OSError` where the run folder cannot be read.
+    """
+    saved = [*(run_dir / "checkpoints").glob("step-*[0-9]/manifest.json"), run_dir / ASKED]
+    started = [file for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()]
+    unborn = (run_dir / "attempts").glob("unborn-*.json")
+    since = max(_write_times(saved), default=0.0)
+    return sum(time > since for time in _write_times([*started, *unborn]))
+
+
+def _write_times(files: Iterable[Path]) -> list[float]:
+    """Of those that are still there: rotation deletes checkpoints while we look."""
+    found: list[float] = []
+    for file in files:
+        with suppress(FileNotFoundError):
+            found.append(file.stat().st_mtime)
+    return found

@@ -184,7 +184,12 @@ def _next(plan: Plan) -> str:
     words = [plan.path, *plan.overrides, *plan.changes]
     if plan.nodes == 1:
         return hint("doctor", *words)
-    return hint("submit", *words, "--nodes", plan.nodes, "--gpus", plan.gpus)
+    workers = plan.config.data.workers
+    for change in plan.changes:
+        if change.startswith("data.workers="):
+            workers = int(change.partition("=")[2])
+    cores = f"--sbatch=--cpus-per-task={workers + 1}"  # the rank itself has one
+    return hint("submit", *words, "--nodes", plan.nodes, "--gpus", plan.gpus, cores)
 
 
 def _count(numel: int) -> str:

@@ -14,15 +14,17 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch import job, outcome
-from launch.blame import FORGIVEN, Blame, excluded_nodes
+from launch.blame import BLAMES_TO_EXCLUDE, FORGIVEN, Blame, excluded_nodes, read_blames
 from launch.container import container_words
 from launch.node import DEMO_CONFIG, free_port, master_port, meeting_hosts, split_arguments, start_token
 from pretrain.attempt import attempt_of, newest_attempt, read_outcome, read_refusal
 from pretrain.config import Config, load_config
+from pretrain.redact import without_secrets
 from shards.errors import UserError
 from shards.storage import write_atomic
 
@@ -54,12 +56,14 @@ def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
     """Lines for the batch script: the newest attempt, the prologue, then the words between `srun` and the ranks.
 
     Nothing if the job may not run on the nodes it got and has been replaced. Raises `UserError` for a config with
-    problems, before any rank starts.
+    problems, before any rank starts, and where the STOP file is there.
     """
     if split_arguments(arguments)[0] not in arguments:
         _say(f"no config named: running {DEMO_CONFIG}; for yours: sbatch slurm/pretrain.sh CONFIG key=value …")
     config = _config(arguments)
     run_dir = Path(config.run.dir)
+    if _takes_stop(run_dir):
+        raise UserError(f"{run_dir}/STOP was there, and is removed: nothing was started; to go on, submit again")
     if "\n" in config.launch.prologue.strip():
         raise UserError("launch.prologue has several lines; it must be one: put them into a FILE, and use: . FILE")
     exported = ["ALL"]
@@ -91,9 +95,13 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
     decided = outcome.exit_code(run_dir, token=token, since=since, launcher_code=code)
     if decided in (outcome.FINISHED, outcome.PERSON_NEEDED):
         return decided
+    if _takes_stop(run_dir):
+        _say(f"{run_dir}/STOP was there, and is removed: not queued again; to go on, submit again")
+        return outcome.PERSON_NEEDED
     if own is None:
         _note_unborn(run_dir, token, code)
     if _no_progress(run_dir, slurm):
+        _note_asked(run_dir)
         _say(
             f"{MAX_STARTS_WITHOUT_PROGRESS} starts in a row reached no new checkpoint: not queued again. "
             f"Read the log of this job and {run_dir}/logs/, then submit again"
@@ -115,13 +123,18 @@ def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *,
         )
         return outcome.TRY_AGAIN
     now = slurm.get(NODES) or slurm.get("SLURM_JOB_NUM_NODES") or facts.get("NumNodes", "1")
-    nodes, left_out = _nodes_to_ask(config, facts, now, has_one_rank_each=slurm.get("SLURM_NTASKS_PER_NODE") == "1")
     before_that = job.hostnames(facts.get("ExcNodeList", ""))
-    exclude = [*before_that, *(node for node in left_out if node not in before_that)]
+    num_blames = Counter(blame.node for blame in read_blames(run_dir))
+    # What nobody blamed twice the user has excluded; the rest was ours, and some of it may be forgiven by now.
+    kept = [node for node in before_that if num_blames[node] < BLAMES_TO_EXCLUDE]
+    has_one_rank_each = slurm.get("SLURM_NTASKS_PER_NODE") == "1"
+    nodes, left_out = _nodes_to_ask(config, facts, now, kept, has_one_rank_each=has_one_rank_each)
+    exclude = [*kept, *left_out]
     for node in set(exclude) - set(before_that):
         reasons = "; ".join(f"attempt {b.attempt}, {b.by}: {b.reason}" for b in left_out[node])
         _say(f"{node} is excluded from now on: blamed {len(left_out[node])} times ({reasons})")
-    if not is_copy and nodes == now and job.requeue(number, exclude, _say):
+    changed = exclude if set(exclude) != set(before_that) else None
+    if not is_copy and nodes == now and job.requeue(number, changed, _say):
         return outcome.TRY_AGAIN
     if nodes != now:
         _say(f"the copy of job {number} asks for {nodes} nodes instead of {now}")
@@ -139,11 +152,11 @@ def _is_ours_to_queue(facts: Mapping[str, str]) -> bool:
 
 
 def _nodes_to_ask(
-    config: Config, facts: Mapping[str, str], now: str, *, has_one_rank_each: bool
+    config: Config, facts: Mapping[str, str], now: str, kept: Sequence[str], *, has_one_rank_each: bool
 ) -> tuple[str, dict[str, list[Blame]]]:
     """How many nodes the next start asks for ("8", or "6-8" while fewer can be had), and which it must not get.
 
-    Raises `UserError` where fewer than launch.min_nodes are left.
+    `kept` are nodes that the user has excluded. Raises `UserError` where fewer than launch.min_nodes are left.
     """
     blamed = excluded_nodes(Path(config.run.dir))
     states = job.partition_nodes(facts.get("Partition", ""))
@@ -151,11 +164,12 @@ def _nodes_to_ask(
     if not states:
         return now, blamed
     blamed = {node: blames for node, blames in blamed.items() if node in states}
-    remaining = [is_usable for node, is_usable in states.items() if node not in blamed]
+    remaining = [is_usable for node, is_usable in states.items() if node not in blamed and node not in kept]
     if len(remaining) < at_least:
         raise UserError(
             f"launch.min_nodes is {config.launch.min_nodes}; partition {facts.get('Partition')} has {len(remaining)} "
-            f"nodes besides those blamed twice ({', '.join(blamed)}): lower it, or have these nodes mended and touch "
+            f"nodes besides those blamed twice ({', '.join(blamed) or 'none'}) and those you excluded "
+            f"({', '.join(kept) or 'none'}): lower it, or have the blamed nodes mended and touch "
             f"{config.run.dir}/{FORGIVEN}; then submit again"
         )
     if sum(remaining) >= asked:
@@ -180,19 +194,40 @@ def _note_unborn(run_dir: Path, token: str, code: int) -> None:
         _say(f"{run_dir} cannot be written: {error.strerror}")
 
 
+def _takes_stop(run_dir: Path) -> bool:
+    """Whether the STOP file is there: it goes, so that the same command goes on. Ranks look only between steps."""
+    try:
+        (run_dir / "STOP").unlink()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        _say(f"{run_dir}/STOP cannot be looked for or removed: {error.strerror}")
+        return False
+    return True
+
+
+def _note_asked(run_dir: Path) -> None:
+    """Whoever submits again has looked: the starts until now are not held against the next one."""
+    try:
+        (run_dir / outcome.ASKED).touch()
+    except OSError as error:
+        _say(f"{run_dir}/{outcome.ASKED} cannot be written: {error.strerror}")
+
+
 def _no_progress(run_dir: Path, slurm: Mapping[str, str]) -> bool:
-    """Whether the last starts all ended before a new checkpoint, or before they could even take an attempt."""
+    """Whether the last starts all ended before a new checkpoint; no where the run folder cannot be read."""
     if not os.access(run_dir / "attempts", os.W_OK):
         return int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS
-    saved = [file.stat().st_mtime for file in (run_dir / "checkpoints").glob("step-*[0-9]/manifest.json")]
-    unborn = [file.stat().st_mtime for file in (run_dir / "attempts").glob("unborn-*.json")]
-    num_unborn = sum(time > max(saved, default=0.0) for time in unborn)
-    return outcome.starts_without_progress(run_dir) + num_unborn >= MAX_STARTS_WITHOUT_PROGRESS
+    try:
+        return outcome.starts_without_progress(run_dir) >= MAX_STARTS_WITHOUT_PROGRESS
+    except OSError as error:
+        _say(f"the checkpoints and starts in {run_dir} cannot be counted ({error}): taken as progress")
+        return False
 
 
 def _say(text: str) -> None:
-    """On stderr: the batch script reads stdout."""
-    print(f"tubelet: {text}", file=sys.stderr, flush=True)
+    """On stderr: the batch script reads stdout. Texts may quote what the user typed (C14)."""
+    print(f"tubelet: {without_secrets(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

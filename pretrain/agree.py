@@ -6,7 +6,8 @@ Decisions go over a gloo group of their own, which no device waits for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +53,17 @@ class Agreement:
         """Begin to find the largest of each value over all ranks, without waiting for it."""
         tensor = torch.tensor(list(values), dtype=torch.int64)
         return PendingMaxima(tensor, _dist.all_reduce(tensor, _dist.ReduceOp.MAX, self._group, async_op=True))
+
+    def wait_for(self, is_done: Callable[[], bool], limit_s: float, poll_s: float = 0.5) -> bool:
+        """Until it is done on every rank, or the limit has passed on one; says which. However long it takes, no single
+        collective lasts longer than a moment.
+        """
+        end_s = time.monotonic() + limit_s
+        while not self.all_true(is_done()):
+            if not self.all_true(time.monotonic() < end_s):
+                return False
+            time.sleep(poll_s)
+        return True
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -11,6 +11,7 @@ final name only once everything in it is on disk, so a checkpoint is complete or
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -145,9 +146,16 @@ def publish(staging: Path, step: int) -> Path:
 
 
 def kept_steps(steps: Sequence[int], count: int, every_steps: int) -> list[int]:
-    """Which checkpoints are kept: the newest `count`, and those of multiples of `every_steps` (0: none) for ever."""
-    newest_first = sorted(steps, reverse=True)
-    return [s for n, s in enumerate(newest_first) if n < count or (every_steps and s % every_steps == 0)]
+    """Which checkpoints are kept, newest first: the newest `count`, and for ever the first one at or after each
+    multiple of `every_steps` (0: none), since a save may begin some steps late.
+    """
+    oldest_first = sorted(steps)
+    for_ever = {
+        step
+        for before, step in itertools.pairwise([0, *oldest_first])
+        if every_steps and step // every_steps > before // every_steps
+    }
+    return [step for step in reversed(oldest_first) if step in (*oldest_first[-count:], *for_ever)]
 
 
 def keep_newest(

@@ -96,6 +96,8 @@ class CheckUp:
     """Tells what this check-up leaves lying about from everything else."""
     phase: str = ""
     """The one under way."""
+    device: str = "cpu"
+    """What ranks compute on."""
 
     def checks(self) -> list[Check]:
         """Every check that could be made. The ranks are judged last: they may fall silent at any time."""
@@ -148,6 +150,7 @@ class CheckUp:
         room = self._ask("memory").answers
         yield diagnosis.memory(room, self.places, device_bytes=device_bytes, host_bytes=host_bytes)
         devices = {answer["versions"]["device"] for answer in here if answer}
+        self.device = max(devices)  # cuda, where any has it
         if self.call.silent or diagnosis.problems(room) or len(devices) > 1:
             seen = "not run: it would hang without every rank and its device"
             yield Check("all-reduce", "warn", seen, "mend what failed above first")
@@ -165,8 +168,7 @@ class CheckUp:
         )
         yield diagnosis.mirror(self._ask("mirror").answers, self.places, config.checkpoint.mirror)
         if "SLURM_JOB_ID" in os.environ:
-            lead_s = os.environ.get("TUBELET_SIGNAL_LEAD_S")
-            yield diagnosis.signal_lead(float(lead_s) if lead_s else None, pace.save_s, pace.step_s)
+            yield from slurm_checks(config, pace, os.environ)
 
     def _folder(self, run_dir: Path) -> Iterator[Check]:
         begun = self._ask("run folder").answers
@@ -208,9 +210,9 @@ def measured(run_dir: Path) -> Answer:
 
 
 def expected_nodes(world: World) -> list[str]:
-    """Where each rank should be, for those that never say: `node0*8,node1*8` in TUBELET_NODES, or all are here."""
+    """Where each rank should be, for those that never say: `node0*8/node1*8` in TUBELET_PLACES, or all are here."""
     listed: list[str] = []
-    for part in filter(None, os.environ.get("TUBELET_NODES", "").split(",")):
+    for part in filter(None, os.environ.get("TUBELET_PLACES", "").split("/")):
         name, _, number = part.partition("*")
         listed += [name] * int(number or 1)
     if len(listed) == world.size:
@@ -218,10 +220,19 @@ def expected_nodes(world: World) -> list[str]:
     return [node_name() if world.local_size == world.size else "node unknown"] * world.size
 
 
+def slurm_checks(config: Config, pace: Pace, env: Mapping[str, str]) -> Iterator[Check]:
+    """What only a job has. The signal's lead is sure in TUBELET_SIGNAL_LEAD_S; else it was read in a script."""
+    if config.launch.prologue.strip():
+        yield diagnosis.prologue()
+    own_s, read_s = env.get("TUBELET_SIGNAL_LEAD_S"), env.get("TUBELET_SCRIPT_LEAD_S")
+    lead_s, script = own_s or read_s, "" if own_s else env.get("TUBELET_SCRIPT", "the batch script")
+    yield diagnosis.signal_lead(float(lead_s) if lead_s else None, pace.save_s, pace.step_s, script)
+
+
 # ------------------------------------------------------------------------------------------------ the report
 
 
-def make_report(checks: Sequence[Check], places: Places, run_dir: Path) -> dict[str, Any]:
+def make_report(checks: Sequence[Check], places: Places, run_dir: Path, device: str = "cpu") -> dict[str, Any]:
     """What is printed and written."""
     blamed = dict.fromkeys(node for check in checks if check.level == "fail" for node in check.nodes)
     return {
@@ -230,6 +241,7 @@ def make_report(checks: Sequence[Check], places: Places, run_dir: Path) -> dict[
         "run_dir": str(run_dir),
         "world_size": len(places.nodes),
         "nodes": list(dict.fromkeys(places.nodes)),
+        "device": device,
         "checks": [check.to_json() for check in checks],
         "blamed_nodes": sorted(blamed),
     }
@@ -260,7 +272,7 @@ def examine(call: RollCall, config: Config, *, allow_change: bool) -> dict[str, 
     check_up = CheckUp(call, config, allow_change)
     checks = check_up.checks()
     run_dir = Path(config.run.dir)
-    report = make_report(checks, check_up.places, run_dir)
+    report = make_report(checks, check_up.places, run_dir, check_up.device)
     unwritten = within(partial(write_report, report, run_dir), call.limits.slack_s).get(PROBLEM)
     if unwritten:
         print(f"doctor: {run_dir}/doctor.json could not be written: {without_secrets(unwritten)}", file=sys.stderr)

@@ -59,6 +59,11 @@ class Decisions:
         """Whether this step is stepped over."""
         return any(skip.step == step for skip in self.skips) or any(r.first <= step < r.stop for r in self.rollbacks)
 
+    def skips_before(self, step: int) -> list[int]:
+        """Steps before this one that were skipped, and not rolled back over: what the failure ladder goes on from."""
+        over = [range(back.first, back.stop) for back in self.rollbacks]
+        return [s.step for s in self.skips if s.step < step and not any(s.step in steps for steps in over)]
+
     def add(self, row: Skipped | RolledBack) -> None:
         """Make a decision. Every rank calls this; on rank 0 it is on disk afterwards."""
         if self._is_writer:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.finding import NO_END, PROBLEM, Check, Places, plural, short, size
+from pretrain.finding import NO_END, PROBLEM, Check, Level, Places, plural, short, size
 
 Answers = Sequence[Mapping[str, Any] | None]
 """By rank; None where no answer came."""
@@ -78,9 +78,8 @@ def versions(answers: Answers, places: Places) -> Check:
     names = [name for name in most | mine if mine.get(name) != most.get(name)]
     differ = "; ".join(f"{name} {mine.get(name, 'none')}, most have {most.get(name, 'none')}" for name in names)
     remedy = "give every node the same environment and code, best one folder that all see"
-    is_minority = 2 * len(others) < len(found)  # of two that differ nobody knows which one is right
-    nodes = places.at_fault(list(others)) if is_minority else ()
-    return Check("versions", "fail", f"{places.name(list(others))}: {differ}", remedy, nodes)
+    seen = f"{places.name(list(others))}: {differ}"
+    return Check("versions", "fail", seen, remedy, places.outvoted(list(others)))
 
 
 def config(problem: str) -> Check:
@@ -111,7 +110,8 @@ def run_folder(written: Answers, seen: Answers, places: Places, run_dir: str) ->
     }
     for complaint, found in complaints.items():
         if found:
-            return Check("run folder", "fail", f"{places.name(found)}: {complaint}", remedy, places.at_fault(found))
+            # Each rank was compared with rank 0, whose folder may be the wrong one.
+            return Check("run folder", "fail", f"{places.name(found)}: {complaint}", remedy, places.outvoted(found))
     slowest_s = max(answer["fsync_s"] for answer in wrote.values())
     return Check("run folder", "ok", f"{run_dir}: read, created and renamed as one by all; fsync {slowest_s:.2g} s")
 
@@ -285,18 +285,29 @@ def memory(answers: Answers, places: Places, *, device_bytes: int, host_bytes: i
     return Check("memory", "ok", seen)
 
 
-def signal_lead(lead_s: float | None, save_s: float | None, step_s: float | None) -> Check:
-    """Between Slurm's signal and its kill there is time for twice a save and a step, as measured before."""
+def prologue() -> Check:
+    """What the batch script runs before the ranks is left to whoever starts the check-up: it works on a shell."""
+    return Check("prologue", "ok", "launch.prologue was not run: type it first if ranks need it")
+
+
+def signal_lead(lead_s: float | None, save_s: float | None, step_s: float | None, script: str = "") -> Check:
+    """Between Slurm's signal and its kill there is time for twice a save and a step, as measured before.
+
+    `script`: where the lead was read. It is not proof: the command line of sbatch overrides what stands there.
+    """
     if lead_s is None:
         return Check("signal", "warn", "how long before the end the job is told is not known (no batch script)")
+    level: Level = "warn" if script else "fail"
+    own = "; set TUBELET_SIGNAL_LEAD_S where sbatch got another --signal" if script else ""
     if not lead_s:
         remedy = "add #SBATCH --signal=USR1@300 to the batch script, as slurm/pretrain.sh has it"
-        return Check("signal", "fail", "the job asks for no signal before its time limit", remedy)
+        asks = f"{script or 'the job'} asks for no signal to the ranks before the time limit"
+        return Check("signal", level, asks, remedy + own)
+    told = f"{script} says {lead_s:.0f} s before the end" if script else f"{lead_s:.0f} s before the end"
     if save_s is None or step_s is None:
-        return Check("signal", "ok", f"{lead_s:.0f} s before the end; save and step are not measured yet (no run)")
+        return Check("signal", "ok", f"{told}; save and step are not measured yet (no run)")
     needed_s = 2 * save_s + step_s
-    need = f"twice a save ({save_s:.3g} s) and a step ({step_s:.3g} s) need {needed_s:.0f} s"
-    seen = f"{lead_s:.0f} s before the end; {need}"
+    seen = f"{told}; twice a save ({save_s:.3g} s) and a step ({step_s:.3g} s) need {needed_s:.0f} s"
     if lead_s < needed_s:
-        return Check("signal", "fail", seen, f"submit with --signal=USR1@{60 * int(-(-needed_s // 60))}")
+        return Check("signal", level, seen, f"submit with --signal=USR1@{60 * int(-(-needed_s // 60))}{own}")
     return Check("signal", "ok", seen)

@@ -169,12 +169,13 @@ class Engine:
         self._global_batch = train.global_batch
         self._autocast = train.precision == "bf16" and zero.stage == 0
         self._whole_norm: Tensor | None = None
+        self._hook: Any = None
         if zero.stage == 0:
 
             def clip(*_: Any) -> None:
                 self._clip_whole(train.clip_norm)
 
-            optimizer.register_step_pre_hook(clip)
+            self._hook = optimizer.register_step_pre_hook(clip)
         settings = deepspeed_config(
             train,
             zero,
@@ -299,6 +300,8 @@ class Engine:
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds on to, so that another engine can be built in this process."""
+        if self._hook is not None:
+            self._hook.remove()
         self._engine.destroy()
 
     # ------------------------------------------------------------------------------------------ states

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.sections import FailureConfig
@@ -31,9 +32,10 @@ class RollBack:
 class FailureLadder:
     """What has gone wrong in this attempt so far."""
 
-    def __init__(self, settings: FailureConfig) -> None:
+    def __init__(self, settings: FailureConfig, skips: Sequence[int] = ()) -> None:
+        """`skips`: steps that earlier attempts did not apply, before the one this attempt begins with."""
         self._settings = settings
-        self._skips: deque[int] = deque()
+        self._skips = deque(sorted(skips))
         self._losses: deque[float] = deque(maxlen=settings.spike_window_steps)
 
     def skipped(self, step: int) -> RollBack | None:

@@ -56,6 +56,11 @@ class Places:
         bad, all_nodes = {self.nodes[rank] for rank in ranks}, set(self.nodes)
         return tuple(sorted(bad)) if 2 * len(bad) <= len(all_nodes) else ()
 
+    def outvoted(self, ranks: Sequence[int]) -> tuple[str, ...]:
+        """Nodes of ranks that differ from others, if they are fewer than half: of two nobody knows which is right."""
+        bad, all_nodes = {self.nodes[rank] for rank in ranks}, set(self.nodes)
+        return tuple(sorted(bad)) if 2 * len(bad) < len(all_nodes) else ()
+
 
 def lines(report: Mapping[str, Any]) -> list[str]:
     """The report for a person, at most 80 columns wide."""
@@ -89,8 +94,16 @@ def next_command(report: Mapping[str, Any], arguments: Sequence[str], num_ranks:
     if not is_fit(report):
         return f"next: tubelet doctor {shlex.join([*arguments, *ranks])}"
     if "SLURM_JOB_ID" in os.environ:
-        return f"next: sbatch slurm/pretrain.sh {shlex.join(arguments)}"
+        return f"next: tubelet submit {shlex.join([*arguments, *_resources(report)])}"
     return f"next: tubelet pretrain {shlex.join([*arguments, *ranks])}"
+
+
+def _resources(report: Mapping[str, Any]) -> list[str]:
+    """Options of `tubelet submit` that ask for what was examined."""
+    num_nodes = len(report["nodes"])
+    per_node = -(-report["world_size"] // num_nodes)
+    ranks = ["--gpus", str(per_node)] if report["device"] == "cuda" else [f"--sbatch=--ntasks-per-node={per_node}"]
+    return ["--nodes", str(num_nodes), *ranks]
 
 
 def _wrapped(head: str, text: str, margin: int) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain import checkpoint
 from pretrain.attempt import Superseded
 from pretrain.checkpoint import kept_steps
 from pretrain.mirror import Mirror, Stopped
@@ -55,12 +56,20 @@ class Mirroring:
             events, self._events = self._events, []
         return list(events)
 
-    def close(self, wait_s: float | None) -> None:
-        """Send what was offered, for at most so long (None: until it is there); then stop amid it."""
+    def finish(self) -> None:
+        """Nothing more will be offered."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join(wait_s)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was offered has been sent, or cannot be."""
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop, amid a send if there is one."""
+        self.finish()
         with self._changed:
             self._offered = None
             self._is_given_up = True
@@ -99,8 +108,31 @@ class Mirroring:
             self._events.append({"kind": "event", **event})
 
 
-def restore_from_mirror(run_dir: Path, settings: CheckpointConfig) -> int | None:
+class Restoring:
     """Before an attempt is taken, on rank 0: a run folder without checkpoints gets the mirror's newest whole one."""
-    if settings.mirror is None or any((run_dir / "checkpoints").glob("step-*[0-9]")):
-        return None
-    return Mirror(settings.mirror, run_dir).restore()
+
+    def __init__(self, run_dir: Path, settings: CheckpointConfig) -> None:
+        self._run_dir, self._mirror = run_dir, settings.mirror
+        self._step: int | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="restore", daemon=True)
+        if settings.mirror is not None and not checkpoint.candidates(run_dir):
+            self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing (more) to do."""
+        return not self._thread.is_alive()
+
+    def result(self) -> int | None:
+        """Step of what was restored. Raises what kept it from being restored."""
+        if self._error is not None:
+            raise self._error
+        return self._step
+
+    def _work(self) -> None:
+        assert self._mirror is not None
+        try:
+            self._step = Mirror(self._mirror, self._run_dir).restore()
+        except BaseException as error:
+            self._error = error

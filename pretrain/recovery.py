@@ -47,14 +47,12 @@ class Recovery:
     def resume(self, *, allow_change: bool) -> int:
         """Restore the newest whole checkpoint, if the run has one. Returns the step to go on from.
 
-        Which one is decided by all ranks: each verifies a share of the files, and one broken file rules it out. What a
-        roll-back left behind is deleted first.
+        Which one is decided by all ranks: each verifies a share of the files, and one broken file rules it out.
         """
-        if self.world.is_first:
-            self._delete_void()
-        self.agreement.wait()
         chosen = self._choose()
         if chosen is None:
+            if any(back.to for back in self.decisions.rollbacks):
+                raise checkpoint.none_whole(self.run_dir, ["what the run was rolled back to is gone"])
             return 0
         facts = chosen.facts
         self.changes = (*facts.changes, *compare(facts, self.config, self.run_dir, allow_change=allow_change))
@@ -87,15 +85,17 @@ class Recovery:
         )
 
     def step_before(self, first: int) -> int | None:
-        """Step of the checkpoint that a roll-back over steps from `first` on goes to; None where there is none at all.
+        """Step of the checkpoint that a roll-back over steps from `first` on goes to; None where none is whole.
 
         The newest whole one from before; where all are later (only skipped steps lie between: nothing in them is
-        wrong), the oldest. Rank 0 decides.
+        wrong), the oldest; 0 where nothing was ever saved. Rank 0 decides.
         """
         step = -1
         if self.world.is_first:
-            whole = [s for s in map(step_of, candidates(self.run_dir)) if self._is_whole(s)]
-            step = max([s for s in whole if s <= first], default=min(whole, default=-1))
+            steps = [step_of(folder) for folder in candidates(self.run_dir)]
+            before, after = [s for s in steps if s <= first], [s for s in steps if s > first]
+            wanted = (s for s in (*before, *reversed(after)) if self._is_whole(s))
+            step = next(wanted, -1 if steps else 0)
         step = self.agreement.from_first(step)
         return None if step < 0 else step
 
@@ -105,16 +105,6 @@ class Recovery:
         except BrokenCheckpoint:
             return False
         return not opened.broken_files(opened.files)
-
-    def _delete_void(self) -> None:
-        for folder in candidates(self.run_dir):
-            try:
-                facts = Checkpoint(folder).facts
-            except BrokenCheckpoint:
-                continue
-            if self.decisions.is_void(facts.step, facts.attempt):
-                log.warning("%s was rolled back: deleted", folder)
-                checkpoint.discard(folder)
 
     def _choose(self) -> Checkpoint | None:
         """Newest first; rank 0 names a candidate, every rank checks its share of it, all must agree."""
@@ -137,6 +127,18 @@ class Recovery:
         if self.agreement.from_first(len(folders)):
             raise checkpoint.none_whole(self.run_dir, problems or ["(see the logs of the other ranks)"])
         return None
+
+
+def delete_void(run_dir: Path, decisions: Decisions) -> None:
+    """Delete the checkpoints that hold what was rolled back; rank 0 only, at the roll-back and again at each start."""
+    for folder in candidates(run_dir):
+        try:
+            facts = Checkpoint(folder).facts
+        except BrokenCheckpoint:
+            continue
+        if decisions.is_void(facts.step, facts.attempt):
+            log.warning("%s was rolled back: deleted", folder)
+            checkpoint.discard(folder)
 
 
 def refuse_other_config(run_dir: Path, config: Config, *, allow_change: bool) -> None:

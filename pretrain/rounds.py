@@ -34,6 +34,7 @@ class Rounds:
         while self._saver.step_in_flight is not None:
             self.next()
             time.sleep(FINISH_POLL_S)
+        self._saver.join()
 
     def settled(self) -> list[Settled]:
         """What became of saves since the last call."""

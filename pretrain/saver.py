@@ -155,6 +155,11 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
+    def join(self) -> None:
+        """Wait until this rank's thread is done with the save that was settled, retention included."""
+        if self._save is None and self._thread is not None:
+            self._thread.join()
+
     # ------------------------------------------------------------------------------------------ the thread
 
     def _write(self, save: _Save, copies: Sequence[tuple[str, str, int, Tensor]]) -> None:

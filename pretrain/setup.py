@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -16,7 +18,7 @@ import torch
 import yaml
 
 from pretrain.agree import Agreement, leave_ranks
-from pretrain.attempt import Outcome, node_name, record_outcome, take_attempt
+from pretrain.attempt import Outcome, Superseded, node_name, record_outcome, refuse_superseded, take_attempt
 from pretrain.checkpoint import candidates, newest
 from pretrain.config import Config
 from pretrain.console import Console
@@ -30,10 +32,10 @@ from pretrain.gallery import draw_held_out
 from pretrain.journal import Journal
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
-from pretrain.mirroring import Mirroring, restore_from_mirror
+from pretrain.mirroring import Mirroring, Restoring
 from pretrain.objective import Pretraining
 from pretrain.optim import build_optimizer
-from pretrain.recovery import Recovery, load_initial, refuse_other_config, refuse_other_data
+from pretrain.recovery import Recovery, delete_void, load_initial, refuse_other_config, refuse_other_data
 from pretrain.redact import without_secrets
 from pretrain.rounds import Rounds
 from pretrain.saver import Saver
@@ -81,7 +83,14 @@ class Rank:
 
     def next_attempt(self) -> Rank:
         """The same rank under the next number: after a roll-back, without leaving the group."""
+        refuse_superseded(self.run_dir, self.attempt)
+        gc.collect()  # engine, optimizer and hooks hold each other: two must not lie in one card's memory
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         attempt = _take_number(self.run_dir, self.world, self.agreement)
+        if attempt != self.attempt + 1:
+            raise Superseded(f"attempt {attempt - 1} of {self.run_dir} came between: this start, {self.attempt}, stops")
+        _log_to(self.run_dir / "logs" / f"rank-{self.world.rank}.log", attempt)
         watchdog = Watchdog(self.run_dir, attempt, self.world, self.config.limits)
         watchdog.enter("setup")
         return replace(self, attempt=attempt, watchdog=watchdog, begun_s=time.perf_counter())
@@ -127,14 +136,22 @@ def prepare(config: Config, *, allow_change: bool) -> Rank | Outcome:
     agreement = Agreement(config.limits.collective_timeout_s)
     if world.is_first:
         _make_run_folder(run_dir)
-        restored = restore_from_mirror(run_dir, config.checkpoint)
-        if restored is not None:
-            Console(is_first=True).say(f"restored step {restored} from {config.checkpoint.mirror}")
+    _restore(run_dir, config, world, agreement)
     attempt = _take_number(run_dir, world, agreement)
     _log_to(run_dir / "logs" / f"rank-{world.rank}.log", attempt)
     flag, watchdog = StopFlag(run_dir, world), Watchdog(run_dir, attempt, world, config.limits)
     watchdog.enter("setup")
     return Rank(config, run_dir, world, device, agreement, attempt, Console(world.is_first), flag, watchdog, begun_s)
+
+
+def _restore(run_dir: Path, config: Config, world: World, agreement: Agreement) -> None:
+    """From the mirror, where this folder has no checkpoint. All ranks wait together, however long it takes."""
+    if config.checkpoint.mirror is None:
+        return
+    restoring = Restoring(run_dir, config.checkpoint) if world.is_first else None
+    agreement.wait_for(lambda: restoring is None or restoring.is_done, math.inf)
+    if restoring is not None and (step := restoring.result()) is not None:
+        Console(is_first=True).say(f"restored step {step} from {without_secrets(config.checkpoint.mirror)}")
 
 
 def _take_number(run_dir: Path, world: World, agreement: Agreement) -> int:
@@ -172,6 +189,9 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         seed=config.run.seed,
         activation_checkpointing=train.activation_checkpointing,
     )
+    decisions = Decisions(rank.run_dir / "journal", is_writer=world.is_first)
+    if world.is_first:
+        delete_void(rank.run_dir, decisions)
     resumes = bool(rank.agreement.from_first(len(candidates(rank.run_dir))))
     if train.init_from is not None and not resumes:
         fresh = load_initial(model, Path(train.init_from))
@@ -200,7 +220,6 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
     mirroring = Mirroring(rank.run_dir, rank.attempt, config.checkpoint) if has_mirror else None
     pinned = mirroring.pinned if mirroring is not None else tuple
     saver = Saver(rank.run_dir, rank.attempt, world, config.checkpoint, pinned=pinned)
-    decisions = Decisions(rank.run_dir / "journal", is_writer=world.is_first)
     recovery = Recovery(
         run_dir=rank.run_dir,
         config=config,
@@ -215,6 +234,8 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         versions=_versions(),
     )
     start = recovery.resume(allow_change=allow_change)
+    if mirroring is not None and start:  # what the attempt before did not get there
+        mirroring.offer(start)
     if world.is_first:
         _describe(rank.run_dir, config)
     num_runs = loader.num_samples // data.run_length
@@ -248,7 +269,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         rounds=Rounds(rank.agreement, rank.flag, saver),
         flag=rank.flag,
         watchdog=rank.watchdog,
-        ladder=FailureLadder(config.failure),
+        ladder=FailureLadder(config.failure, decisions.skips_before(start)),
         tracker=tracker,
         meter=meter,
         console=rank.console,
@@ -312,6 +333,8 @@ def _log_to(path: Path, attempt: int) -> None:
     handler = logging.FileHandler(path)
     handler.setFormatter(_BareUrls(f"%(asctime)s attempt {attempt} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
+    for before in [before for before in root.handlers if isinstance(before, logging.FileHandler)]:
+        root.removeHandler(before)  # of the attempt that was rolled back
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     for noisy in ("DeepSpeed", "fsspec", "botocore", "urllib3"):

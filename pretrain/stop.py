@@ -13,8 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -71,19 +69,6 @@ class StopFlag:
         """The STOP file did its work: remove it, so that the same command goes on."""
         if self._world.is_first:
             self._file.unlink(missing_ok=True)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Generator[None]:
-    """End this process, with the stacks of all threads on stderr, if what is inside takes longer.
-
-    Runs outside the interpreter, so that a thread that holds the GIL cannot keep it from working.
-    """
-    faulthandler.dump_traceback_later(seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def watch_parents(poll_s: float = 1.0) -> None:

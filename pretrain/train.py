@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from pretrain.attempt import Outcome, record_outcome, record_refusal
+from pretrain.attempt import Outcome, record_outcome, record_refusal, refuse_superseded
 from pretrain.config import Config, load_config
 from pretrain.console import Console
 from pretrain.data.loader import ClipLoader
@@ -30,7 +30,7 @@ from pretrain.failures import FailureLadder, RollBack
 from pretrain.ledger import Ledger
 from pretrain.meter import Meter
 from pretrain.mirroring import Mirroring
-from pretrain.recovery import Recovery
+from pretrain.recovery import Recovery, delete_void
 from pretrain.redact import without_secrets
 from pretrain.rounds import Rounds
 from pretrain.schedule import lr_at
@@ -64,14 +64,15 @@ class Trainer:
     console: Console
     mirroring: Mirroring | None
     losses: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
-    """(step, sum and count of the loss on this rank, on the device) of the steps since the last log row."""
+    """(step, sum and count of the loss on this rank, on the device) of the steps that were not judged yet."""
+    has_stepped: bool = False
 
     def train(self, start: int) -> Outcome:
         """From step `start` to the last: take a batch, step, record, maybe evaluate, maybe save."""
         last = self.config.train.steps
         is_due = False
         for step in range(start, last):
-            roll_back = self.take(step, "first_step" if step == start else "step")
+            roll_back = self.take(step)
             done = step + 1
             if roll_back is not None:
                 return self.roll_back(done, roll_back)
@@ -81,9 +82,12 @@ class Trainer:
             is_due |= every(done, self.config.checkpoint.every_steps, last)
             with self.watchdog.part("save"):
                 stop = self.rounds.next()
+                may_save = is_due and self.recovery.saver.step_in_flight is None
+                if (stop or done == last or may_save) and (roll_back := self.judge()) is not None:
+                    return self.roll_back(done, roll_back)  # no checkpoint holds a step that was not judged
                 if stop or done == last:
                     return self.end(stop, done)
-                if is_due and self.recovery.saver.step_in_flight is None:
+                if may_save:
                     is_due = False
                     self.save(done)
             self.tell_saves()
@@ -96,16 +100,18 @@ class Trainer:
             if not self.config.checkpoint.background:
                 self.rounds.finish_save()
 
-    def take(self, step: int, part: Part) -> RollBack | None:
+    def take(self, step: int) -> RollBack | None:
         """One step: batch, forward, backward, update, ledger; or over it, where that was decided."""
         done, lr = step + 1, self.lr(step)
         if self.recovery.decisions.is_withheld(step):
             self.loader.go_to_step(done)
             return None
+        part: Part = "step" if self.has_stepped else "first_step"
         with self.watchdog.part(part):
             with self.meter.step():
                 batches = itertools.islice(self.loader, self.engine.num_micro_steps)
                 report = self.engine.step(batches, lr)
+            self.has_stepped = True
             if not report.is_applied:
                 return self.skip(step, report)
             self.record(step, report)
@@ -149,10 +155,15 @@ class Trainer:
         }
         self.tracker.write(row)
         self.console.step(done, self.config.train.steps, row)
-        steps = [step for step, _ in self.losses]
-        means = self.engine.means([pair for _, pair in self.losses])
-        self.losses.clear()
-        verdicts = [self.ladder.applied(step, loss) for step, loss in zip(steps, means, strict=True)]
+        return self.judge()
+
+    def judge(self) -> RollBack | None:
+        """Whether a loss since the last look is a spike. A collective, where spikes matter at all."""
+        losses, self.losses = self.losses, []
+        if not self.config.failure.spike_sigma:
+            return None
+        means = self.engine.means([pair for _, pair in losses])
+        verdicts = [self.ladder.applied(step, loss) for (step, _), loss in zip(losses, means, strict=True)]
         return next((verdict for verdict in verdicts if verdict is not None), None)
 
     def skip(self, step: int, report: StepReport) -> RollBack | None:
@@ -161,6 +172,7 @@ class Trainer:
         samples = {int(s) for text in self.recovery.agreement.gather_texts(own) for s in json.loads(text)}
         what = f"loss of samples {_few(sorted(samples))}" if samples else "gradient (every loss is finite)"
         reason = f"not finite: {what}"
+        refuse_superseded(self.recovery.run_dir, self.recovery.attempt)
         self.recovery.decisions.add(Skipped(step, reason, tuple(sorted(samples))))
         self.tracker.write({"kind": "event", "step": step + 1, "event": "skipped", "reason": reason})
         self.console.say(f"step {step + 1} was not applied: {reason}")
@@ -171,7 +183,9 @@ class Trainer:
         with self.watchdog.part("save"):
             self.rounds.finish_save()
             decisions, first = self.recovery.decisions, verdict.first
-            to = self.recovery.step_before(first) or 0
+            to = self.recovery.step_before(first)
+            if to is None:
+                return Outcome("person", done, f"{verdict.reason}, and no checkpoint is whole to go back to; see logs/")
             if len(decisions.rollbacks) >= self.config.failure.max_rollbacks:
                 report = f"{verdict.reason}, and the run was rolled back {len(decisions.rollbacks)} times before"
                 told = f" ({describe(decisions.rollbacks)})" if decisions.rollbacks else ""
@@ -180,7 +194,10 @@ class Trainer:
                     "person", done, f"{report}{told}: look at its samples in journal/decisions.jsonl; {remedy}"
                 )
             row = RolledBack(done, to, max(first, to), verdict.stop, verdict.reason, self.recovery.attempt)
+            refuse_superseded(self.recovery.run_dir, self.recovery.attempt)
             decisions.add(row)
+            if self.recovery.world.is_first:
+                delete_void(self.recovery.run_dir, decisions)
         event = {"kind": "event", "event": "rolled_back", "to": to, "first": row.first, "stop": row.stop}
         self.tracker.write({**event, "step": done, "reason": row.reason})
         return Outcome("rolled_back", done, describe([row]))
@@ -189,11 +206,21 @@ class Trainer:
         """End what works beside training. A finished run waits until the mirror has its last checkpoint."""
         self.rounds.close()
         self.loader.close()
-        if self.mirroring is not None:
-            self.mirroring.close(None if outcome.outcome == "finished" else MIRROR_GRACE_S)
-            self.tell_saves()
+        self.finish_mirror(self.config.checkpoint.max_age_s if outcome.outcome == "finished" else MIRROR_GRACE_S)
         self.tracker.close()
         self.engine.close()
+
+    def finish_mirror(self, limit_s: float) -> None:
+        """All ranks wait together until rank 0 has sent what is committed, within a limit."""
+        if self.config.checkpoint.mirror is None:
+            return
+        mirroring = self.mirroring
+        if mirroring is not None:
+            mirroring.finish()
+        self.recovery.agreement.wait_for(lambda: mirroring is None or mirroring.is_done, limit_s)
+        if mirroring is not None:
+            mirroring.close()
+            self.tell_saves()
 
     def evaluate(self, done: int, evaluation: Evaluation) -> None:
         """The held-out loss; moves no cursor."""
@@ -246,6 +273,8 @@ class Trainer:
             return Outcome("failed", done, f"no save works any more: the newest checkpoint is {minutes}; see logs/")
         if done == self.config.train.steps:
             return Outcome("finished", done, f"all {done} steps are done")
+        if stop is Stop.UNSAVED:
+            return Outcome("failed", done, f"saves failed for checkpoint.max_age_s; that of step {done} worked")
         if stop is Stop.FILE:
             self.flag.honoured()
             return Outcome("person", done, f"the STOP file: saved at step {done}; the same command goes on")

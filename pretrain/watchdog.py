@@ -35,8 +35,11 @@ log = logging.getLogger(__name__)
 Part = Literal["setup", "first_step", "step", "save", "eval"]
 GRACE_S = 3.0
 """How long a rank waits for the others' word before it decides who hangs."""
-WAITS = (os.sep.join(("torch", "distributed")), os.sep.join(("deepspeed", "comm")), os.sep.join(("pretrain", "agree")))
-"""A stack with one of these files in it waits for other ranks."""
+WAITS = tuple(
+    os.sep.join(place)
+    for place in (("torch", "distributed"), ("deepspeed", "comm"), ("pretrain", "agree"), ("pretrain", "rounds"))
+)
+"""A stack with one of these files in it waits for other ranks, or for a disk that all share."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
 from tests.left_out import LEFT_OUT, forget_doubles
 
@@ -44,6 +45,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("left out")
         for line in lines:
             terminalreporter.write_line(line)
+
+
+settings.register_profile("tubelet", deadline=None)  # no test is timed: machines are shared
+settings.load_profile("tubelet")
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY_STEPS = 20
+EVERY_STEPS = 10
 MAX_START_S = 300.0
 
 
@@ -133,7 +133,7 @@ def _until(process: subprocess.Popen[bytes], run: Path, before: int, moments: ra
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0.5, 6.0))
         return
-    wanted, end_s = before + moments.randint(1, 3 * EVERY_STEPS), time.monotonic() + MAX_START_S
+    wanted, end_s = before + moments.randint(1, 2 * EVERY_STEPS), time.monotonic() + MAX_START_S
     while num_done(run, since=before) < wanted:
         if process.poll() is not None or time.monotonic() > end_s:
             raise SystemExit(f"the run came to no step {wanted} (returned {process.returncode}): see {run}/logs")

@@ -109,10 +109,11 @@ def newest_facts_step(run: Path) -> int:
     return found.facts.step
 
 
-def test_too_many_skips_roll_back_and_go_on(tmp_path: Path, packed: Path) -> None:
-    config = write_config(tmp_path, packed, failure__max_skips=1)
-    codes, output = sick(config, "nan", 5, 1, 2)
-    assert codes == [0, 0], output
+@pytest.mark.parametrize(("world", "stage"), [(2, 2), (1, 3), (1, 0)])
+def test_too_many_skips_roll_back_and_go_on(tmp_path: Path, packed: Path, world: int, stage: int) -> None:
+    config = write_config(tmp_path, packed, failure__max_skips=1, zero__stage=stage)
+    codes, output = sick(config, "nan", 5, world - 1, world)
+    assert codes == [0] * world, output
     assert "rolled back: at step 6 back to 4, over 5 to 5" in output
     assert outcome_of(tmp_path, 1).outcome == "rolled_back"
     assert outcome_of(tmp_path, 2).outcome == "finished"

@@ -19,7 +19,7 @@ import torch
 
 from launch import doctor, node
 from pretrain import diagnosis, symptoms
-from pretrain.checkup import expected_nodes, make_report, measured, write_report
+from pretrain.checkup import Pace, expected_nodes, make_report, measured, slurm_checks, write_report
 from pretrain.config import Config, load_config
 from pretrain.finding import PROBLEM, Check, Places, lines, next_command
 from pretrain.patience import Hurry, Limits
@@ -47,6 +47,7 @@ def test_at_most_half_of_the_nodes_can_be_at_fault() -> None:
     assert FOUR.at_fault([2]) == ("node1",)
     assert FOUR.at_fault([2, 3]) == ()
     assert TWO.at_fault([1]) == ("node1",)
+    assert (TWO.outvoted([1]), FOUR.outvoted([2])) == ((), ("node1",))
     assert Places(["vm", "vm"]).at_fault([1]) == ()
     assert FOUR.name([2]) == "rank 2 (node1)"
     assert Places([f"n{i}" for i in range(9)]).name(range(9)) == "ranks 0, 1, 2, 3 (n0, n1, n2, n3) and 5 more"
@@ -66,6 +67,8 @@ def test_versions_that_differ() -> None:
     check = failing(diagnosis.versions([usual, usual, usual, other], FOUR), "rank 3", "torch 2.12, most have 2.13")
     assert check.nodes == ("node2",)
     assert failing(diagnosis.versions([usual, other], TWO), "rank 1").nodes == ()
+    more = Places(["node0", "node0", "node1"])
+    assert failing(diagnosis.versions([usual, usual, other], more), "rank 2").nodes == ()  # more ranks prove nothing
     failing(diagnosis.versions([usual, None, usual, {PROBLEM: "no such config"}], FOUR), "no such config")
 
 
@@ -80,20 +83,29 @@ SEEN = {"missing": False, "torn": 0}
 
 
 @pytest.mark.parametrize(
-    ("written", "seen", "words"),
+    ("written", "seen", "words", "blamed_of_two", "blamed_of_three"),
     [
-        ({PROBLEM: "OSError: Read-only file system"}, SEEN, "Read-only"),
-        ({**WRITTEN, "token": False}, SEEN, "did not read what rank 0 wrote"),
-        ({**WRITTEN, "created": True}, SEEN, "all created the same file"),
-        (WRITTEN, {**SEEN, "missing": True}, "what other ranks wrote"),
-        (WRITTEN, {**SEEN, "torn": 3}, "half written"),
+        ({PROBLEM: "OSError: Read-only file system"}, SEEN, "Read-only", ("node1",), ("node1",)),
+        ({**WRITTEN, "token": False}, SEEN, "did not read what rank 0 wrote", (), ("node1",)),
+        ({**WRITTEN, "created": True}, SEEN, "all created the same file", (), ()),
+        (WRITTEN, {**SEEN, "missing": True}, "what other ranks wrote", (), ("node1",)),
+        (WRITTEN, {**SEEN, "torn": 3}, "half written", (), ("node1",)),
     ],
 )
-def test_a_folder_that_is_not_shared(written: dict[str, Any], seen: dict[str, Any], words: str) -> None:
+def test_a_folder_that_is_not_shared(
+    written: dict[str, Any],
+    seen: dict[str, Any],
+    words: str,
+    blamed_of_two: tuple[str, ...],
+    blamed_of_three: tuple[str, ...],
+) -> None:
     first = {**WRITTEN, "created": True}
     assert diagnosis.run_folder([first, WRITTEN], [SEEN, SEEN], TWO, "runs/x").level == "ok"
     check = failing(diagnosis.run_folder([first, written], [SEEN, seen], TWO, "runs/x"), words, "node1")
-    assert check.nodes in (("node1",), ())
+    assert check.nodes == blamed_of_two
+    three = Places(["node0", "node1", "node2"])
+    check = diagnosis.run_folder([first, written, WRITTEN], [SEEN, seen, SEEN], three, "runs/x")
+    assert check.nodes == blamed_of_three
 
 
 def test_space_for_two_checkpoints() -> None:
@@ -192,7 +204,29 @@ def test_a_signal_that_comes_too_late() -> None:
     assert "not measured" in diagnosis.signal_lead(300, None, None).seen
     assert "USR1@420" in failing(diagnosis.signal_lead(300, 200, 2), "need 402 s").remedy
     failing(diagnosis.signal_lead(0, 50, 2), "asks for no signal")
+    read = diagnosis.signal_lead(300, 200, 2, "slurm/pretrain.sh")
+    assert "TUBELET_SIGNAL_LEAD_S" in failing(read, "slurm/pretrain.sh says 300 s", level="warn").remedy
+    failing(diagnosis.signal_lead(0, 50, 2, "the batch script"), "the batch script asks for no signal", level="warn")
     assert diagnosis.signal_lead(None, 50, 2).level == "warn"
+
+
+def test_only_what_the_job_says_itself_is_sure(config: Config) -> None:
+    def judge(**env: str) -> Check:
+        [check] = slurm_checks(config, Pace(step_s=2, save_s=200), env)
+        return check
+
+    failing(judge(TUBELET_SIGNAL_LEAD_S="300", TUBELET_SCRIPT_LEAD_S="600"), "300 s before the end")
+    assert judge(TUBELET_SIGNAL_LEAD_S="600", TUBELET_SCRIPT_LEAD_S="300").level == "ok"
+    failing(judge(TUBELET_SCRIPT_LEAD_S="0"), "the batch script asks for no signal", level="warn")
+    failing(judge(TUBELET_SCRIPT_LEAD_S="300", TUBELET_SCRIPT="a.sh"), "a.sh says 300 s", level="warn")
+    assert "not known" in judge().seen
+
+
+def test_a_prologue_is_said_not_to_be_run(tiny_config: Callable[..., Path]) -> None:
+    config = load_config(tiny_config(**{"launch.prologue": "module load cuda"}))
+    [check, _] = slurm_checks(config, Pace(), {})
+    assert (check.name, check.level) == ("prologue", "ok")
+    assert len(lines({"checks": [check.to_json(), CHECKS[0].to_json()], "blamed_nodes": []})) == 3, "one line each"
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -227,6 +261,9 @@ def test_a_folder_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     symptoms.write_folder(mine, "x", 0)
     assert symptoms.see_folder(mine, "x", 0, [0, 1])["missing"]
     assert symptoms.see_folder(other, "x", 1, [0, 1]) == {"missing": True, "torn": symptoms.NUM_REPLACED}
+    nowhere = symptoms.write_folder(tmp_path / "local" / ".doctor-x", "x", 1)  # only rank 0 made its folder
+    written = [symptoms.write_folder(mine, "x", 0), nowhere]
+    assert failing(diagnosis.run_folder(written, [SEEN, SEEN], TWO, "run"), "rank 1", "did not read").nodes == ()
 
 
 @pytest.fixture
@@ -334,7 +371,7 @@ def test_where_ranks_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUBELET_NODE", "vm")
     assert expected_nodes(World(0, 2, 0, 2)) == ["vm", "vm"]
     assert expected_nodes(World(0, 2, 0, 1)) == ["node unknown"] * 2
-    monkeypatch.setenv("TUBELET_NODES", "a*2,b*1")
+    monkeypatch.setenv("TUBELET_PLACES", "a*2/b*1")
     assert expected_nodes(World(0, 3, 0, 2)) == ["a", "a", "b"]
 
 
@@ -379,7 +416,10 @@ def test_the_report_reads_well_at_80_columns(tmp_path: Path, monkeypatch: pytest
     assert (doctor.exit_code(fit), doctor.exit_code(report)) == (0, 2)
     assert next_command(fit, ["a.yaml"], 2) == "next: tubelet pretrain a.yaml --ranks 2"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert next_command(fit, ["a.yaml"]) == "next: sbatch slurm/pretrain.sh a.yaml"
+    assert next_command(report, ["a.yaml"]).startswith("next: tubelet doctor")
+    assert next_command(fit, ["a.yaml"]) == "next: tubelet submit a.yaml --nodes 3 --sbatch=--ntasks-per-node=2"
+    cards = make_report(CHECKS[:1], Places(["a"] * 8 + ["b"] * 8), tmp_path, "cuda")
+    assert next_command(cards, ["a.yaml", "x.y=1"]) == "next: tubelet submit a.yaml x.y=1 --nodes 2 --gpus 8"
 
 
 # ------------------------------------------------------------------------------------------------ launching
@@ -403,10 +443,11 @@ def test_ranks_that_end_without_a_report(tiny_config: Callable[..., Path], monke
 @pytest.mark.parametrize(
     ("script", "lead_s"),
     [
-        ("", None),
         ("#!/bin/bash\n#SBATCH --nodes=1\n", 0),
         ("#!/bin/bash\n#SBATCH --signal=USR1@300\n", 300),
-        ("#SBATCH --nodes=2 --signal=B:USR1@90\n", 90),
+        ("#SBATCH --nodes=2 --signal=B:USR1@90\n", 0),
+        ("#SBATCH --signal=RB:USR1@90\n", 0),
+        ("#SBATCH --signal=R:USR1@90\n", 90),
         ("#SBATCH --signal=USR1\n", 60),
         ("# sbatch --signal=USR1@90\n", 0),
     ],
@@ -426,9 +467,79 @@ def test_slurm_starts_the_ranks_of_the_allocation(config: Config, monkeypatch: p
     assert command[-5:] == ["-m", "launch.node", "--doctor", "a.yaml", "--json"]
     assert doctor.srun_environment({"SLURM_CPUS_PER_TASK": "3"})["SRUN_CPUS_PER_TASK"] == "3"
     facts = doctor.slurm_facts({"TUBELET_SIGNAL_LEAD_S": "120"}, ["a", "b"], [2, 1])
-    assert facts == {"TUBELET_NODES": "a*2,b*1"}
-    monkeypatch.setattr(doctor, "batch_script", lambda job: "#SBATCH --signal=USR1@240\n")
-    assert doctor.slurm_facts({}, ["a"], [1]) == {"TUBELET_NODES": "a*1", "TUBELET_SIGNAL_LEAD_S": "240"}
+    assert facts == {"TUBELET_PLACES": "a*2/b*1"}
+    monkeypatch.setattr(doctor, "script_facts", lambda job: {"TUBELET_SCRIPT_LEAD_S": "240"})
+    assert doctor.slurm_facts({}, ["a"], [1]) == {"TUBELET_PLACES": "a*1", "TUBELET_SCRIPT_LEAD_S": "240"}
+    assert doctor.slurm_facts({"TUBELET_SCRIPT_LEAD_S": "9"}, [], []) == {}
+
+
+@pytest.mark.parametrize(
+    ("shown", "facts"),
+    [
+        ("#!/bin/sh\n#SBATCH --signal=USR1@240\n", {"TUBELET_SCRIPT_LEAD_S": "240"}),
+        ("", {"TUBELET_SCRIPT_LEAD_S": "300", "TUBELET_SCRIPT": "slurm/pretrain.sh"}),
+    ],
+    ids=["sbatch", "salloc"],
+)
+def test_the_script_that_was_read_is_named(
+    shown: str, facts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, shown, ""))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / doctor.BATCH_SCRIPT).write_text("#!/bin/sh\n#SBATCH --signal=USR1@1\n")  # not the one of the project
+    assert doctor.script_facts("7") == facts
+
+
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two", "SLURM_TASKS_PER_NODE": "2(x2)"}
+
+
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocation of two nodes, whose names this machine knows."""
+    monkeypatch.setattr(doctor, "hostnames", lambda nodes: {"two": ["localhost", "127.0.0.1"]}[nodes])
+    monkeypatch.setattr(doctor, "script_facts", lambda job: {"TUBELET_SCRIPT_LEAD_S": "240"})
+    monkeypatch.setattr(doctor, "free_port", lambda port: port)
+
+
+@pytest.mark.usefixtures("two_hosts")
+def test_ranks_in_a_container_need_not_ask_slurm(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "image.sif"
+    image.touch()
+    file = tiny_config(**{"launch.container": str(image), "launch.interface": "lo"})
+    command = doctor.srun_command(load_config(file), file, [str(file), "--json"], None, ALLOCATION)
+    [exported] = [word for word in command if word.startswith("--export=")]
+    facts = "ALL,TUBELET_HOSTS=localhost/127.0.0.1,TUBELET_PORT=15007,TUBELET_PLACES=localhost*2/127.0.0.1*2,"
+    assert exported == f"--export={facts}TUBELET_SCRIPT_LEAD_S=240,TUBELET_INTERFACE=lo"
+    inside = command[command.index(str(image)) + 1 :]
+    assert inside[-6:] == ["python", "-m", "launch.node", "--doctor", str(file), "--json"]
+
+    # The rank that this line starts in there, where no program of Slurm is.
+    became: list[Any] = []
+    step = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "two"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "PATH": str(tmp_path)}
+    step |= dict(word.split("=") for word in exported.split(",")[1:])
+    for name, value in (ALLOCATION | step).items():
+        monkeypatch.setenv(name, value)
+    for number, word in enumerate(inside):
+        if word == "-u":
+            monkeypatch.delenv(inside[number + 1])
+    monkeypatch.setattr(os, "execve", lambda *call: became.append(call))
+    previous = signal.getsignal(signal.SIGUSR1)
+    node.main(inside[inside.index("--doctor") :])
+    signal.signal(signal.SIGUSR1, previous)
+    [(_, _, env)] = became
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["GLOO_SOCKET_IFNAME"]) == ("localhost", "15007", "lo")
+    assert env["TUBELET_PLACES"] == "localhost*2/127.0.0.1*2"
+
+
+@pytest.mark.usefixtures("two_hosts")
+def test_ranks_outside_a_container_keep_the_names_of_the_step(config: Config) -> None:
+    command = doctor.srun_command(config, Path("a.yaml"), ["a.yaml"], None, ALLOCATION)
+    assert any("TUBELET_HOSTS=localhost/127.0.0.1" in word for word in command)
+    assert "env" not in command
 
 
 def test_srun_becomes_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +555,7 @@ def test_srun_becomes_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     signal.signal(signal.SIGUSR1, previous)
     [(_, words, env)] = became
     assert words[-5:] == ["-m", "pretrain.doctor", "a.yaml", "train.steps=3", "--json"]
-    assert (env["RANK"], env["WORLD_SIZE"], env["TUBELET_NODES"]) == ("0", "2", "vm0*2")
+    assert (env["RANK"], env["WORLD_SIZE"], env["TUBELET_PLACES"]) == ("0", "2", "vm0*2")
 
 
 # ------------------------------------------------------------------------------------------------ real ranks

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,16 @@ def test_outside_of_srun_it_says_what_to_do() -> None:
     assert done.returncode == 93
     assert "SLURM_PROCID is not set" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_refusal_holds_no_secrets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(slurm: Mapping[str, str]) -> dict[str, str]:
+        raise UserError("http://key:CANARY@host/gpu is no interface")
+
+    monkeypatch.setattr(node, "rank_environment", refuse)
+    with pytest.raises(SystemExit) as ended:
+        node.main([])
+    assert (ended.value.code, capsys.readouterr().err) == (93, "http://host/gpu is no interface\n")
 
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "15"}

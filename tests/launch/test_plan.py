@@ -161,12 +161,17 @@ def test_refuses_more_bytes_than_a_network_card_brings(tmp_path: Path, packed: P
     ("nodes", "gpus", "size", "gpu"), [(1, 1, "nano", "h100"), (64, 8, "giant", "l40s"), (8, 8, "base", "h200")]
 )
 def test_page_fits_80_columns_and_ends_with_the_next_command(nodes: int, gpus: int, size: str, gpu: str) -> None:
-    changes = [f"model.size={size}", "objective.frame_order.mask_ratio=0.9", "data.run_length=16"]
+    changes = [f"model.size={size}", "objective.frame_order.mask_ratio=0.9", "data.run_length=16", "data.workers=0"]
     found = make_plan(BASE, changes, nodes=nodes, gpus=gpus, gpu=gpu)
     lines = page(replace(found, path=Path("configs/vit_base_k400.yaml")), layers=True)
     assert max(len(line) for line in lines[:-1]) <= 80
     command = "doctor" if nodes == 1 else "submit"
     assert lines[-1].startswith(f"next: tubelet {command} configs/vit_base_k400.yaml model.size={size}")
+    if command == "submit":
+        workers = load_config(BASE, [*changes, *found.changes]).data.workers
+        assert workers > 0
+        resources = f"--nodes {nodes} --gpus {gpus} --sbatch=--cpus-per-task={workers + 1}"
+        assert lines[-1].endswith(resources)
     text = "\n".join(lines)
     for heading in ("parameters", "memory per GPU", "recommended", "network", "data:", "time:", "checkpoints:"):
         assert f"\n{heading}" in text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,17 @@ from shards.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "demo.yaml")
 JOB = {"SLURM_JOB_ID": "12", "SLURM_NTASKS_PER_NODE": "8"}
-SHOWN = (
-    "JobId=12 JobName=tubelet UserId=root(0) Account=(null) QOS=long JobState=RUNNING TimeLimit=1-00:00:00 "
-    "Partition=train NodeList=node[0-1] NumNodes=2 NumCPUs=16 NumTasks=16 CPUs/Task=12 MinMemoryNode=0 Features=(null) "
-    "Command=/home/x/my job.sh a.yaml b=c WorkDir=/home/x StdOut=/home/x/slurm-12.out TresPerNode=gres:gpu:8"
-)
+SHOWN = """\
+JobId=12 JobName=two words
+   UserId=root(0) Account=(null) QOS=long
+   JobState=RUNNING TimeLimit=1-00:00:00
+   Partition=train NodeList=node[0-1]
+   NumNodes=2 NumCPUs=16 NumTasks=16 CPUs/Task=12
+   MinMemoryNode=0 Features=(null)
+   Command=/home/x/my job.sh a.yaml b=c
+   WorkDir=/home/x
+   StdOut=/home/x/my logs/100%/5%%/slurm-12.out
+   TresPerNode=gres:gpu:8"""
 
 
 class Run:
@@ -50,8 +58,12 @@ class Run:
         file = self.dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row))
+        self.settle(name)
+
+    def settle(self, name: str) -> None:
+        """Give what was written just now its place in this order."""
         self._clock += 1
-        os.utime(file, (self._clock, self._clock))
+        os.utime(self.dir / name, (self._clock, self._clock))
 
 
 class Programs:
@@ -180,20 +192,77 @@ def test_a_crash_loop_asks_for_a_person(run: Run, programs: Programs) -> None:
     assert slurm.after(2, 1, run.arguments, JOB) == 75
     run.attempt(4)
     assert slurm.after(3, 1, run.arguments, JOB) == 93
-    run.checkpoint(20)
+    run.settle("attempts/asked")
     run.attempt(5)
-    assert slurm.after(4, 1, run.arguments, JOB) == 75
+    assert slurm.after(4, 1, run.arguments, JOB) == 75, "somebody has looked and submitted again"
+    run.attempt(6)
+    run.checkpoint(20)
+    run.attempt(7)
+    assert slurm.after(6, 1, run.arguments, JOB) == 75
+
+
+def test_a_file_that_vanishes_while_we_count_is_passed_over(run: Run, programs: Programs) -> None:
+    for number in range(1, 4):
+        run.attempt(number)
+    (run.dir / "attempts" / "unborn-slurm-11.0.json").symlink_to("gone")
+    assert slurm.after(2, 1, run.arguments, JOB) == 93
+
+
+def test_a_run_folder_that_cannot_be_read_is_no_reason_to_end(
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(run_dir: Path) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("launch.outcome.starts_without_progress", stale)
+    run.attempt(1)
+    assert slurm.after(0, 1, run.arguments, JOB) == 75
+    assert ["requeue", "12"] in programs.calls("scontrol")
+    assert "Stale file handle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ended", ["stopped", "failed", None])
+def test_the_stop_file_ends_a_job_whose_ranks_did_not_see_it(
+    run: Run, programs: Programs, capsys: pytest.CaptureFixture[str], ended: str | None
+) -> None:
+    run.attempt(1, ended)
+    (run.dir / "STOP").touch()
+    assert slurm.after(0, 143, run.arguments, JOB) == 93
+    assert "STOP was there" in capsys.readouterr().err
+    assert not (run.dir / "STOP").exists()
+    assert not programs.calls("scontrol")
+
+
+def test_the_stop_file_keeps_a_waiting_job_from_starting(
+    run: Run, programs: Programs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.dir / "STOP").touch()
+    assert slurm.main(["before", *run.arguments]) == 93
+    assert "nothing was started" in capsys.readouterr().err
+    assert slurm.main(["before", *run.arguments]) == 0, "submitted again"
+
+
+def test_what_it_says_holds_no_secrets(run: Run, programs: Programs, capsys: pytest.CaptureFixture[str]) -> None:
+    run.attempt(1, "person", "s3://key:CANARY@host/films?sig=CANARY is gone")
+    assert slurm.after(0, 0, run.arguments, JOB) == 93
+    said = capsys.readouterr().err
+    assert "s3://host/films is gone" in said
+    assert "CANARY" not in said
 
 
 def test_starts_that_never_reach_an_attempt_are_counted(run: Run, programs: Programs) -> None:
     run.attempt(1, "stopped")
     run.checkpoint(10)
-    restarts = [{"SLURM_RESTART_COUNT": str(number)} for number in range(5, 8)]
-    codes = [slurm.after(1, 1, run.arguments, JOB | restart) for restart in restarts]
-    assert codes == [75, 75, 93], "copies of a job count as its restarts do"
+
+    def codes(*restarts: int) -> list[int]:
+        return [slurm.after(1, 1, run.arguments, JOB | {"SLURM_RESTART_COUNT": str(number)}) for number in restarts]
+
+    assert codes(5, 6) == [75, 75]
+    for number in (5, 6):
+        run.settle(f"attempts/unborn-slurm-12.{number}.json")
     run.checkpoint(20)
-    (run.dir / "checkpoints/step-000020/manifest.json").touch()
-    assert slurm.after(1, 1, run.arguments, JOB | {"SLURM_RESTART_COUNT": "9"}) == 75
+    assert codes(7, 8, 9) == [75, 75, 93], "copies of a job count as its restarts do"
+    assert codes(10) == [75], "somebody has looked and submitted again"
 
 
 def test_starts_that_cannot_even_write_are_counted_by_slurm(run: Run, programs: Programs) -> None:
@@ -257,6 +326,32 @@ def test_a_node_blamed_twice_is_excluded_once_the_job_waits(
     said = capsys.readouterr().err
     assert "node1 is excluded from now on: blamed 2 times (attempt 1, watchdog: rank 1 hung" in said
     assert "node0" not in said
+
+
+def test_a_forgiven_node_may_be_had_again(run: Run, programs: Programs) -> None:
+    """Also where it was the only one, and the list becomes empty."""
+    run.attempt(1, "failed")
+    blame(run, "node1", "node1")
+    (run.dir / "attempts" / "forgiven").touch()
+    for excluded, left in (("node1", ""), ("node1,node3", "node3")):
+        programs.answer(nodes=FOUR, excluded=excluded)
+        assert slurm.after(0, 143, run.arguments, JOB | {"SLURM_JOB_NUM_NODES": "2"}) == 75
+        assert programs.calls("scontrol")[-1] == ["update", "JobId=12", f"ExcNodeList={left}"]
+
+
+def test_nodes_that_the_user_has_excluded_are_not_counted_on(run: Run, programs: Programs) -> None:
+    """A copy must not wait for two nodes where one can be had; blamed once, they are still the user's."""
+    run.attempt(1, "failed")
+    blame(run, "node1")
+    asked = JOB | {"SLURM_JOB_NUM_NODES": "2"}
+    programs.answer(nodes=FOUR, excluded="node1")
+    assert slurm.after(0, 143, run.arguments, asked) == 75
+    assert programs.calls("scontrol")[-1] == ["requeue", "12"], "the list is as it was"
+    programs.answer(nodes="node0|allocated node1|idle", excluded="node1")
+    assert slurm.after(0, 143, run.arguments, asked) == 75
+    assert {"--nodes=1-2", "--exclude=node1"} <= set(programs.calls("sbatch")[-1])
+    with pytest.raises(UserError, match=r"those you excluded \(node1\)"):
+        slurm.after(0, 143, [*run.arguments, "launch.min_nodes=2"], asked)
 
 
 def test_where_fewer_nodes_are_left_a_copy_asks_for_fewer(
@@ -324,12 +419,13 @@ def test_where_requeue_is_forbidden_a_copy_follows(run: Run, programs: Programs)
         "--dependency=afterany:12",
         f"--comment=tubelet {run.dir}",
         "--nodes=2",
-        "--job-name=tubelet",
+        "--job-name=two words",
         "--partition=train",
         "--qos=long",
         "--time=1-00:00:00",
         "--cpus-per-task=12",
-        "--output=/home/x/slurm-12.out",
+        "--mem=0",
+        "--output=/home/x/my logs/100%%/5%%/slurm-12.out",
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
     ]
@@ -403,3 +499,14 @@ def test_before_refuses_a_config_with_problems(run: Run, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "train.steps" in printed.err
+
+
+def test_a_prologue_that_fails_is_not_quoted(tmp_path: Path, programs: Programs) -> None:
+    """The log of a job is read by many (C14)."""
+    programs.program("python", "printf '0\\nfalse CANARY\\n--export=ALL\\n'")
+    env = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path)}
+    script = ["bash", str(ROOT / "slurm" / "pretrain.sh"), CONFIG]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 93
+    assert "launch.prologue failed" in done.stderr
+    assert "CANARY" not in done.stdout + done.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -170,3 +171,20 @@ def test_parameters_without_deepspeed(tmp_path: Path) -> None:
         assert torch.equal(tensors["a.weight"].flatten(), VALUES["a.weight"])
     with pytest.raises(UserError, match="has no checkpoint"):
         load_parameters(tmp_path / "nothing")
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(2, 4), st.integers(1, 50))
+def test_one_checkpoint_of_each_span_stays_for_ever(gaps: list[int], count: int, every_steps: int) -> None:
+    """Saves come late and at odd steps; deleting as they come, the first of each span that had one is still there."""
+    there: list[int] = []
+    saved = list(itertools.accumulate(gaps))
+    for step in saved:
+        there = checkpoint.kept_steps([*there, step], count, every_steps)
+        assert there == sorted(there, reverse=True)
+        assert there[0] == step
+    firsts = {min(s for s in saved if s // every_steps == span) for span in {s // every_steps for s in saved} - {0}}
+    assert set(there) == firsts | set(saved[-count:])
+
+
+def test_without_a_span_only_the_newest_stay() -> None:
+    assert checkpoint.kept_steps([10, 30, 20, 40], 2, 0) == [40, 30]

@@ -58,3 +58,10 @@ def test_a_damaged_line_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / NAME).write_text(line + "\n")
     with pytest.raises(UserError, match=r"line 1 of .*decisions\.jsonl"):
         list(read_decisions(tmp_path))
+
+
+def test_the_ladder_goes_on_from_skips_that_were_not_rolled_back_over(tmp_path: Path) -> None:
+    decisions = written(tmp_path)
+    for step in (12, 16, 30):
+        decisions.add(Skipped(step, "not finite"))
+    assert decisions.skips_before(30) == [7, 12]

@@ -68,3 +68,10 @@ def test_a_loss_that_stands_still_is_no_reason() -> None:
 def test_without_sigma_nothing_is_a_spike() -> None:
     ladder = FailureLadder(FailureConfig(spike_window_steps=8))
     assert all(ladder.applied(step, 1.0 if step < 20 else 1e9) is None for step in range(40))
+
+
+def test_skips_of_earlier_attempts_count() -> None:
+    ladder = FailureLadder(FailureConfig(max_skips=3, skip_window_steps=10), [95, 3, 98])
+    verdict = ladder.skipped(101)
+    assert verdict is not None
+    assert (verdict.first, verdict.stop) == (95, 102)

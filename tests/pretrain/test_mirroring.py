@@ -66,6 +66,11 @@ def wait_for(is_so: Callable[[], Any]) -> None:
         time.sleep(0.005)
 
 
+def end(thread: Mirroring) -> None:
+    thread.finish()
+    wait_for(lambda: thread.is_done)
+
+
 def test_the_newest_wins_and_what_is_sent_stays(started: tuple[Mirroring, SlowMirror]) -> None:
     thread, mirror = started
     thread.offer(1)
@@ -74,7 +79,7 @@ def test_the_newest_wins_and_what_is_sent_stays(started: tuple[Mirroring, SlowMi
     thread.offer(3)
     assert thread.pinned() == {1, 3}
     mirror.go_on.set()
-    thread.close(20)
+    end(thread)
     assert mirror.sent == [1, 3]
     assert mirror.kept[-1] == [3, 1]
     assert [(event["event"], event["step"]) for event in thread.events()] == [("mirrored", 1), ("mirrored", 3)]
@@ -88,7 +93,7 @@ def test_trouble_is_told_and_the_next_one_is_sent(started: tuple[Mirroring, Slow
     thread.offer(1)
     wait_for(lambda: thread._events)
     thread.offer(2)
-    thread.close(20)
+    end(thread)
     events = thread.events()
     assert [event["event"] for event in events] == ["mirror_failed", "mirrored"]
     assert events[0]["reason"] == "the network is away"
@@ -99,7 +104,7 @@ def test_it_ends_amid_a_send_when_time_is_up(started: tuple[Mirroring, SlowMirro
     thread, mirror = started
     thread.offer(1)
     wait_for(lambda: thread._sending == 1)
-    thread.close(0.1)
+    thread.close()
     assert not thread._thread.is_alive()
     assert mirror.sent == []
     assert thread.events() == []
@@ -110,6 +115,6 @@ def test_a_newer_attempt_ends_this_one(started: tuple[Mirroring, SlowMirror]) ->
     mirror.trouble = Superseded("attempt 4 is at work")
     mirror.go_on.set()
     thread.offer(1)
-    thread.close(20)
+    end(thread)
     with pytest.raises(Superseded):
         thread.events()

@@ -76,6 +76,8 @@ class Ranks:
             if settled[0] is not None:
                 assert settled[1] is not None, "ranks disagree"
                 assert settled[1].is_committed == settled[0].is_committed
+                for each in self.savers:
+                    each.join()
                 return settled[0]
             time.sleep(0.01)
 

@@ -96,14 +96,15 @@ def soak(folder: Path, shards: Path, *, kills: int, ranks: int, moments: random.
     command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--ranks", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     while result.num_kills < kills:
-        before = newest_step(run)
+        before, last = newest_step(run), newest_attempt(run)
         process = _start(command, environment)
         result.num_starts += 1
-        _until(process, run, before, moments)
+        _until(process, run, before, last, moments)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         result.num_kills += 1
-        saved, done = newest_step(run), num_done(run)
+        saved = newest_step(run)
+        done = num_done(run, since=saved, after=last)
         lost = max(0, done - saved)
         result.lost_steps.append(lost)
         # The boundary after `saved` was being written: at most two intervals and the step under way.
@@ -128,13 +129,13 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, stdout=quiet, stderr=quiet)
 
 
-def _until(process: subprocess.Popen[bytes], run: Path, before: int, moments: random.Random) -> None:
+def _until(process: subprocess.Popen[bytes], run: Path, before: int, last: int, moments: random.Random) -> None:
     """One kill in five while the run is still starting; the others some steps on, some in the middle of a save."""
     if moments.random() < 0.2:
         time.sleep(moments.uniform(0.5, 6.0))
         return
     wanted, end_s = before + moments.randint(1, 2 * EVERY_STEPS), time.monotonic() + MAX_START_S
-    while num_done(run, since=before) < wanted:
+    while num_done(run, since=before, after=last) < wanted:
         if process.poll() is not None or time.monotonic() > end_s:
             raise SystemExit(f"the run came to no step {wanted} (returned {process.returncode}): see {run}/logs")
         time.sleep(0.005)
@@ -147,15 +148,23 @@ def newest_step(run: Path) -> int:
     return max(steps, default=0)
 
 
-def num_done(run: Path, since: int = 0) -> int:
-    """Largest step of the newest attempt in metrics.jsonl; `since` if it has logged none yet."""
+def _rows(run: Path) -> list[dict[str, Any]]:
     try:
         lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except FileNotFoundError:
-        return since
-    rows = [json.loads(line) for line in lines if line.endswith(b"}")]
-    newest = max((row["attempt"] for row in rows), default=0)
-    return max((row["step"] for row in rows if row["attempt"] == newest and row["kind"] == "train"), default=since)
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"}")]
+
+
+def newest_attempt(run: Path) -> int:
+    """The newest attempt that metrics.jsonl knows of."""
+    return max((row["attempt"] for row in _rows(run)), default=0)
+
+
+def num_done(run: Path, since: int = 0, after: int = 0) -> int:
+    """Largest step that attempts after number `after` have logged; `since` if none has."""
+    steps = [row["step"] for row in _rows(run) if row["attempt"] > after and row["kind"] == "train"]
+    return max(steps, default=since)
 
 
 def _audit(run: Path, result: Soak) -> None:

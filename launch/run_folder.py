@@ -76,14 +76,15 @@ def read_run(run_dir: Path) -> Run:
     return Run(
         folder=run_dir.resolve(),
         config=without_secrets(read_config(run_dir)),
-        environment=without_secrets(_read_json(run_dir / "environment.json")),
+        environment=without_secrets(read_json(run_dir / "environment.json")),
         rows=read_metrics(run_dir),
         attempts=attempts,
         goodput=goodput(started, every_row),
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, or none that can be read."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -97,8 +98,8 @@ def _read_attempts(run_dir: Path, rows: list[Row]) -> list[Attempt]:
     numbers = {int(file.stem) for file in (run_dir / "attempts").glob("*.json") if file.stem.isdigit()}
     attempts: list[Attempt] = []
     for n in sorted(numbers | {row["attempt"] for row in rows}):
-        begun = _read_json(run_dir / "attempts" / f"{n:04d}.json")
-        ended = _read_json(run_dir / "attempts" / f"{n:04d}.outcome.json")
+        begun = read_json(run_dir / "attempts" / f"{n:04d}.json")
+        ended = read_json(run_dir / "attempts" / f"{n:04d}.outcome.json")
         steps = [row["step"] for row in rows if row["attempt"] == n] + [int(ended.get("step", 0))]
         start = started.get(n, min(steps))
         end = max(steps)

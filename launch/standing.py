@@ -5,15 +5,14 @@ Needs neither torch nor Slurm; every piece may be missing or torn.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import yaml
 
+from launch.run_folder import read_json
 from pretrain.attempt import newest_attempt
 from pretrain.metrics import Row, read_config, read_rows
 
@@ -76,7 +75,7 @@ def read_standing(run_dir: Path) -> Standing:
     """Look at the run folder."""
     now = time.time()
     number = newest_attempt(run_dir)
-    begun = _json(run_dir / "attempts" / f"{number:04d}.json")
+    begun = read_json(run_dir / "attempts" / f"{number:04d}.json")
     rows = read_rows(run_dir)
     mine = [row for row in rows if row["attempt"] == number]
     durable = _durable(run_dir, now)
@@ -103,13 +102,13 @@ def read_standing(run_dir: Path) -> Standing:
 
 def done_step(run_dir: Path) -> int | None:
     """The step at which the run finished, if it did."""
-    step = _json(run_dir / "DONE").get("step")
+    step = read_json(run_dir / "DONE").get("step")
     return step if isinstance(step, int) else None
 
 
 def newest_start(run_dir: Path) -> str:
     """Token of whoever started the newest attempt; empty without one."""
-    return str(_json(run_dir / "attempts" / f"{newest_attempt(run_dir):04d}.json").get("start", ""))
+    return str(read_json(run_dir / "attempts" / f"{newest_attempt(run_dir):04d}.json").get("start", ""))
 
 
 def _rate(rows: Sequence[Row]) -> float | None:
@@ -149,7 +148,7 @@ def _durable(run_dir: Path, now: float) -> Durable | None:
 
 
 def _ended(run_dir: Path, number: int) -> Ended | None:
-    row = _json(run_dir / "attempts" / f"{number:04d}.outcome.json")
+    row = read_json(run_dir / "attempts" / f"{number:04d}.outcome.json")
     if "outcome" not in row:
         return None
     return Ended(str(row["outcome"]), int(row.get("step", 0)), str(row.get("reason", "")), row.get("time"))
@@ -160,11 +159,3 @@ def _quiet(run_dir: Path, now: float) -> float | None:
     files = [run_dir / "metrics.jsonl", *run_dir.glob("logs/rank-*.log"), *run_dir.glob("attempts/*.json")]
     times = [file.stat().st_mtime for file in files if file.exists()]
     return max(0.0, now - max(times)) if times else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return cast(dict[str, Any], content) if isinstance(content, dict) else {}

@@ -184,12 +184,14 @@ def main(out: Path, worlds: list[int]) -> None:
                     try:
                         rank(out, world, environment)
                         code = 0
-                    except Exception:
+                    except Exception:  # a fork must not return into its parent's code; the parent reads the code
                         traceback.print_exc()
                     os._exit(code)
             children.append(child)
-        for child in children:
-            os.waitpid(child, 0)
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        if any(statuses):
+            logs = "".join(log.read_text()[-2000:] for log in sorted(out.glob(f"{world}-*.log")))
+            raise SystemExit(f"a rank of {world} failed:\n{logs}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 # The folders that the plain test command leaves out (pyproject.toml) are named one by one.
 PYTEST_ALONE := $(PYTEST) -o addopts="-q --import-mode=importlib --strict-markers"
 
@@ -18,10 +19,10 @@ demo: .venv/run.stamp
 
 test: .venv/dev.stamp
 	@$(BIN)/python tests/needs.py
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST) $(TWO_WORKERS)
 
 quick: .venv/dev.stamp
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) $(TWO_WORKERS) -m "not slow"
 
 test-full: .venv/dev.stamp
 	$(PYTEST_ALONE) tests/full

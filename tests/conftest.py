@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,34 @@ from hypothesis import settings
 from tests.left_out import LEFT_OUT, forget_doubles
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ("tests/slurm", "tests/dist", "tests/s3", "tests/launch/test_hosts.py")
-"""What shares something costly for a whole session, a Slurm, pools of ranks, a gateway: stays with one worker."""
+SHARED = ("tests/slurm", "tests/dist", "tests/s3")
+"""Folders that share something costly for a whole session, a Slurm, pools of ranks, a gateway: one worker has each."""
+LONGEST = (*SHARED, "tests/test_readme.py", "tests/launch/test_hosts.py", "tests/pretrain/test_memory.py")
+"""These begin first: two workers end together if what is left for the end is short."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers share the tests (pytest-xdist): by file, and by folder where a folder shares something."""
+
+    def place(item: pytest.Item) -> int:
+        name = name_of(item)
+        return next((number for number, longest in enumerate(LONGEST) if name.startswith(longest)), len(LONGEST))
+
     for item in items:
-        name = item.path.relative_to(ROOT).as_posix()
-        group = next((shared for shared in SHARED if name.startswith(shared)), name)
-        item.add_marker(pytest.mark.xdist_group(group))
+        name = name_of(item)
+        item.add_marker(pytest.mark.xdist_group(next((shared for shared in SHARED if name.startswith(shared)), name)))
+    items.sort(key=place)
+
+
+def name_of(item: pytest.Item) -> str:
+    """The file of a test, from the project folder."""
+    return item.path.relative_to(ROOT).as_posix()
+
+
+def pytest_runtest_teardown() -> None:
+    """No test leaves a real-time process behind: on two cores it, and all it starts, would stop everything else."""
+    assert os.sched_getscheduler(0) not in (os.SCHED_FIFO, os.SCHED_RR), "an encoder changed the scheduling policy"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

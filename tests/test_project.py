@@ -72,3 +72,9 @@ def test_no_attic() -> None:
     names = {file.stem for file in product_files()}
     assert not names & {"utils", "util", "common", "helpers", "misc"}
     assert max(len(file.relative_to(ROOT).parts) for file in product_files()) <= 3
+
+
+def test_the_tests_of_a_file_stay_with_one_worker(request: pytest.FixtureRequest) -> None:
+    """Where workers share the tests, pytest-xdist shows the group in the name; fixtures are made once then."""
+    is_worker = hasattr(request.config, "workerinput")
+    assert request.node.nodeid.endswith("@tests/test_project.py") == is_worker

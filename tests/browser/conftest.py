@@ -18,9 +18,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         leave_out(config, items, mine, missing="Chromium", install=INSTALL)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    """One headless browser for the whole session."""
+    """One headless browser for the pages of a file: it gives itself a higher priority than any test has."""
     running = Chromium(tmp_path_factory.mktemp("browser") / "profile")
     yield running
     running.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
+import shlex
 import subprocess
 import tempfile
 import time
@@ -36,6 +37,16 @@ _COPIED = {
     "StdOut": "output",
 }
 """Fields of `scontrol show job` and the sbatch options that ask for the same."""
+_GPUS = {
+    "TresPerJob": "gpus",
+    "TresPerNode": "gpus-per-node",
+    "TresPerSocket": "gpus-per-socket",
+    "TresPerTask": "gpus-per-task",
+}
+MORE = "TUBELET_SBATCH"
+"""Environment variable: further options of sbatch that the job was submitted with (`tubelet submit --sbatch`)."""
+_ONCE = ("--array", "-a", "--begin", "-b", "--hold", "-H", "--wait", "-W")
+"""Options that were meant for the first submission only."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ def requeue(job: str, exclude: Sequence[str] | None, say: Callable[[str], None])
     """
     again = ask("scontrol", "requeue", job)
     if again.returncode:
-        say(f"job {job} cannot be requeued ({again.stderr.strip()}): submitting a copy that follows it")
+        say(f"job {job} cannot be requeued ({again.stderr.strip()})")
         return False
     if exclude is not None:
         changed = ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}", patience_s=0)
@@ -145,7 +156,8 @@ def copy_options(
 
     `nodes` is a number or a range, `exclude` the nodes to do without.
     """
-    options = [f"--dependency=afterany:{slurm['SLURM_JOB_ID']}", f"--comment={mark_of(run_dir)}", f"--nodes={nodes}"]
+    options = [word for word in shlex.split(slurm.get(MORE, "")) if not word.startswith(_ONCE)]  # ours follow, and win
+    options += [f"--dependency=afterany:{slurm['SLURM_JOB_ID']}", f"--comment={mark_of(run_dir)}", f"--nodes={nodes}"]
     options += [f"--exclude={','.join(exclude)}"] * bool(exclude)
     for field, option in _COPIED.items():
         value = facts.get(field, "")
@@ -157,9 +169,10 @@ def copy_options(
             options.append(f"--{option}={value}")
     if "SLURM_NTASKS_PER_NODE" in slurm:
         options.append(f"--ntasks-per-node={slurm['SLURM_NTASKS_PER_NODE']}")
-    gpus = re.fullmatch(r"gres[:/]gpu[:=](.+)", facts.get("TresPerNode", ""))
-    if gpus:
-        options.append(f"--gpus-per-node={gpus[1]}")
+    for field, option in _GPUS.items():
+        if gpus := re.fullmatch(r"gres[:/]gpu[:=](.+)", facts.get(field, "")):
+            options.append(f"--{option}={gpus[1]}")
+    options += ["--exclusive"] * (facts.get("OverSubscribe") == "NO")
     return options
 
 

@@ -31,6 +31,9 @@ from shards.storage import write_atomic
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """Starts in a row that end at no newer checkpoint before a person is asked: a crash loop helps nobody."""
 
+FOLDER_PAUSES_S = (1.0, 3.0, 6.0)
+"""Together well within the 30 s (KillWait) that a job has after its time limit."""
+
 NODES = "TUBELET_NODES"
 """Environment variable: how many nodes the job was submitted for, or the range its copy was."""
 
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         # At the time limit, and when the job is requeued, Slurm sends TERM and some seconds later KILL: enough time.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         since, code, *rest = rest
-        return after(int(since), int(code), rest, os.environ)
+        return patiently_after(int(since), int(code), rest, os.environ)
     except UserError as error:
         _say(str(error))
         return outcome.PERSON_NEEDED
@@ -82,6 +85,26 @@ def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
     options, prefix = container_words(config, Path(split_arguments(arguments)[0]), slurm)
     start = str(newest_attempt(run_dir))
     return [start, config.launch.prologue.strip(), f"--export={','.join(exported)}", *options, *prefix]
+
+
+def patiently_after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
+    """`after`, asked again while the run folder cannot be read (ESTALE, EIO: a server of files fails over).
+
+    If it stays so, the job goes back into the queue: the next start may find it, or another node.
+    """
+    for pause_s in FOLDER_PAUSES_S:
+        try:
+            return after(since, code, arguments, slurm)
+        except OSError as error:
+            _say(f"the run folder cannot be read ({error}): asked again in {pause_s:g} s")
+            time.sleep(pause_s)
+    if int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS:
+        _say("the run folder cannot be read after several starts: have its file system mended, then submit again")
+        return outcome.PERSON_NEEDED
+    number = slurm.get("SLURM_JOB_ID", "")
+    if _is_ours_to_queue(job.facts_of(number)) and not job.requeue(number, None, _say):
+        _say("no copy was submitted: submit the same line again by hand")
+    return outcome.TRY_AGAIN
 
 
 def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
@@ -139,6 +162,7 @@ def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *,
     if nodes != now:
         _say(f"the copy of job {number} asks for {nodes} nodes instead of {now}")
     options = job.copy_options(slurm, facts, run_dir, nodes, exclude)
+    _say(f"a copy that follows job {number} is submitted")
     is_submitted, said = job.submit_copy(number, options, arguments, {NODES: nodes})
     _say(said)
     if not is_submitted:

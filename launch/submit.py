@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.job import has_program, jobs_of, mark_of, outer_environment
+from launch.job import MORE, has_program, jobs_of, mark_of, outer_environment
 from launch.slurm import NODES
 from launch.snapshot import ROOT, Revision, note, revision, settings_of, take_snapshot
 from launch.standing import done_step, newest_start
@@ -150,7 +150,8 @@ def _command(run_dir: Path, code: Path, wanted: Wanted, change: Sequence[str]) -
 def _environment(code: Path, wanted: Wanted) -> Mapping[str, str]:
     """The job finds the code and the Python that it was submitted with."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-    return {**outer_environment(), "PATH": path, "TUBELET_CODE": str(code.resolve()), NODES: str(wanted.nodes)}
+    ours = {"TUBELET_CODE": str(code.resolve()), NODES: str(wanted.nodes), MORE: shlex.join(wanted.more)}
+    return {**outer_environment(), "PATH": path, **ours}
 
 
 def _check_size(config: Config, wanted: Wanted) -> None:

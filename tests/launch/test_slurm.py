@@ -29,6 +29,7 @@ JobId=12 JobName=two words
    Command=/home/x/my job.sh a.yaml b=c
    WorkDir=/home/x
    StdOut=/home/x/my logs/100%/5%%/slurm-12.out
+   OverSubscribe=OK Contiguous=0 Licenses=(null)
    TresPerNode=gres:gpu:8"""
 
 
@@ -430,6 +431,48 @@ def test_where_requeue_is_forbidden_a_copy_follows(run: Run, programs: Programs)
         "--gpus-per-node=8",
     ]
     assert copy[len(options) + 1 :] == [*run.arguments, "track.project=two words"]
+
+
+def test_a_copy_has_every_option_that_the_job_was_submitted_with(run: Run) -> None:
+    """The command line may ask for cards in several ways; `submit --sbatch` passes on what nothing here knows."""
+    facts = {"TresPerJob": "gres:gpu:h100:16", "TresPerTask": "gres/gpu:1", "OverSubscribe": "NO", "NumNodes": "2"}
+    more = {job.MORE: shlex.join(["--switches=1", "--mail-user=two words", "--begin=22:00", "--nodes=9", "-H"])}
+    options = job.copy_options(JOB | more, facts, run.dir, "2", [])
+    assert options[:3] == ["--switches=1", "--mail-user=two words", "--nodes=9"]
+    assert "--nodes=2" in options[3:], "the last one counts"
+    assert options[-3:] == ["--gpus=h100:16", "--gpus-per-task=1", "--exclusive"]
+
+
+def test_a_run_folder_that_hangs_up_is_asked_again(
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "I/O error"), 0]
+
+    def stale(*_: object) -> int | None:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer or None
+
+    monkeypatch.setattr(slurm, "attempt_of", stale)
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    assert slurm.patiently_after(0, 143, run.arguments, JOB) == 75
+    assert capsys.readouterr().err.count("cannot be read") == 2
+    assert ["requeue", "12"] in programs.calls("scontrol")
+
+
+def test_a_run_folder_that_stays_away_does_not_end_the_job(
+    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(*_: object) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(slurm, "attempt_of", stale)
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    assert slurm.patiently_after(0, 143, run.arguments, JOB) == 75
+    assert ["requeue", "12"] in programs.calls("scontrol")
+    assert slurm.patiently_after(0, 143, run.arguments, JOB | {"SLURM_RESTART_COUNT": "2"}) == 93
+    assert "have its file system mended" in capsys.readouterr().err
 
 
 def test_where_nothing_works_it_says_what_to_do(

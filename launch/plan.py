@@ -1,8 +1,8 @@
 """`tubelet plan`: what a config needs on so many GPUs, before one of them is asked for.
 
-    config ─ network (plan_network) ─┬─ memory per stage (plan_memory) ─ choice of stage and micro batch (plan_choice)
-                                     ├─ traffic (plan_traffic) ─ storage, decoding (plan_data)
-                                     └─ time, cost, checkpoints, failures (plan_simulate) ─ page (plan_page)
+    config ─ pretrain.network ─┬─ memory per stage (pretrain.memory) ─ choice of stage and micro batch (plan_choice)
+                               ├─ traffic (plan_traffic) ─ storage, decoding (plan_data)
+                               └─ time, cost, checkpoints, failures (plan_simulate) ─ page (plan_page)
 
 Arithmetic on a login node: no torch, no DeepSpeed, seconds. What is assumed is named in the output as assumed.
 """
@@ -24,11 +24,11 @@ from launch.plan_data import (
     storage_of,
 )
 from launch.plan_gpus import Gpu, gpu_named
-from launch.plan_memory import STATE_BYTES, arithmetic
-from launch.plan_network import FP32_BYTES, Network, network_of
 from launch.plan_simulate import HOUR_S, LLAMA, SIZES, Saving, ettr_table, simulate, young_daly_s
 from launch.plan_traffic import Traffic, traffic_of
 from pretrain.config import Config, load_config
+from pretrain.memory import arithmetic, checkpoint_bytes
+from pretrain.network import Network, network_of
 from shards.errors import UserError
 
 ASSUMED_MFU = 0.30
@@ -246,7 +246,7 @@ def _compute_s(config: Config, network: Network, choice: Choice, gpu: Gpu, mfu: 
 
 def _checkpoints(config: Config, network: Network, step_s: float, nodes: int, world_size: int) -> Checkpoints:
     """Young and Daly's interval in whole steps, never shorter than a write takes and never longer than an hour."""
-    num_bytes = (FP32_BYTES + STATE_BYTES[config.optim.name]) * network.num_parameters
+    num_bytes = checkpoint_bytes(network, config.optim)
     rate = min(nodes * NODE_WRITE_BYTES_PER_S, ALL_WRITE_BYTES_PER_S)
     write_s = MIN_WRITE_S + num_bytes / rate
     stall_s = write_s * (BACKGROUND_STALL if config.checkpoint.background else 1)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launch.plan_gpus import GB, Gpu
-from launch.plan_memory import Memory, fullest_states, memory_of
-from launch.plan_network import Network
 from pretrain.config import Config
+from pretrain.memory import Memory, fullest_states, memory_of
+from pretrain.network import Network
 from shards.errors import UserError
 
 PLENTY = 8
@@ -137,6 +137,7 @@ def _memory_by_micro_batch(
             micro_batch=micro_batch,
             recompute=recompute,
             max_pixels=max_pixels,
+            world_size=world_size,
         )
 
     return memory_at

@@ -9,10 +9,10 @@ from launch.plan import BLOCK_S, Plan
 from launch.plan_choice import Option
 from launch.plan_data import DECODE_MS, MAX_NODE_BYTES_PER_S
 from launch.plan_gpus import GB
-from launch.plan_memory import RESERVE_BYTES, arithmetic
-from launch.plan_network import Layer
 from launch.plan_simulate import HORIZON_S, HOUR_S, LLAMA, RATES
 from launch.screen import fold, hint
+from pretrain.memory import RESERVE_BYTES, arithmetic
+from pretrain.network import Layer
 
 MB, MEGA, GIGA, TERA = 1e6, 1e6, 1e9, 1e12
 WIDTH = 80
@@ -68,10 +68,12 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield from (_memory_row(option, plan) for option in choice.rows)
     yield "total: at the end of a forward pass, or at the update if that is more, with"
     yield f"{RESERVE_BYTES / GB:.0f} GB assumed for CUDA and NCCL. A card has {plan.gpu.memory_bytes / GB:.0f} GB."
+    copies = choice.option.memory.copies * plan.gpus / GB
+    yield f"A node's own memory: {copies:,.1f} GB for the copies that saves write from,"
     hosts = [option.memory.states.host for option in choice.rows if option.offload]
     if hosts:
         low, high = min(hosts) * plan.gpus / GB, max(hosts) * plan.gpus / GB
-        yield f"offload takes {low:,.1f} to {high:,.1f} GB of a node's own memory (not measured on a card)."
+        yield f"{low:,.1f} to {high:,.1f} GB for offload (not measured on a card)."
 
 
 def _memory_row(option: Option, plan: Plan) -> str:

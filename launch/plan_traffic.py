@@ -1,5 +1,5 @@
 """What each rank sends in one step, by stage: the collectives that DeepSpeed 0.19.8 was seen to call on gloo ranks
-(tests/launch/test_plan_memory.py counts their bytes), times what a ring needs for each.
+(tests/pretrain/test_memory.py counts their bytes), times what a ring needs for each.
 
     all-reduce of n bytes       2 n (N-1)/N sent by each of N ranks
     all-gather, reduce-scatter    n (N-1)/N
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan_memory import LIVE_NUMEL, PERSISTENT_NUMEL
-from launch.plan_network import BF16_BYTES, FP32_BYTES, Mode, Network
+from pretrain.memory import LIVE_NUMEL, PERSISTENT_NUMEL
+from pretrain.network import BF16_BYTES, FP32_BYTES, Mode, Network
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from pretrain import diagnosis, symptoms
 from pretrain.attempt import node_name, start_token
 from pretrain.config import Config, load_config
 from pretrain.finding import PROBLEM, Check, Places, is_fit, lines, next_command
+from pretrain.memory import arithmetic, checkpoint_bytes, memory_of_run
 from pretrain.metrics import read_rows
+from pretrain.network import BF16_BYTES, FP32_BYTES, network_of
 from pretrain.patience import Hurry, Limits
 from pretrain.recovery import refuse_other_config, refuse_other_data
 from pretrain.redact import without_secrets
@@ -80,8 +82,9 @@ def work_of(call: RollCall, config: Config, name: str) -> Work:
 
 def _refuse(config: Config, *, allow_change: bool) -> Answer:
     refuse_other_config(Path(config.run.dir), config, allow_change=allow_change)
-    refuse_other_data(Path(config.run.dir), config)
-    return {}
+    manifests = refuse_other_data(Path(config.run.dir), config)
+    splits = [split for manifest in manifests for name, split in manifest.splits.items() if name == config.data.split]
+    return {"max_pixels": max((split.max_pixels for split in splits), default=config.data.size**2)}
 
 
 @dataclass
@@ -131,24 +134,17 @@ class CheckUp:
         if diagnosis.problems(here):
             return  # a rank without the config cannot go on
 
-        refused = self._ask("config").answers[0] or {}
-        yield diagnosis.config(str(refused.get(PROBLEM, "")))
+        accepted = self._ask("config").answers[0] or {}
+        yield diagnosis.config(str(accepted.get(PROBLEM, "")))
         yield from self._folder(run_dir)
         rounds = [self._ask("clocks") for _ in range(NUM_CLOCK_ROUNDS)]
         yield diagnosis.clocks([(r.begun_s, r.answers, r.arrived_s) for r in rounds], self.places)
 
-        num_parameters = symptoms.num_parameters(config)
         pace = Pace.of(within(partial(measured, run_dir), self.call.limits.phase_s))
-        is_bf16 = config.train.precision == "bf16" and config.zero.stage > 0
-        device_bytes, host_bytes = diagnosis.state_bytes(
-            num_parameters,
-            stage=config.zero.stage,
-            world_size=self.call.world.size,
-            is_bf16=is_bf16,
-            offload=config.zero.offload,
-        )
-        room = self._ask("memory").answers
-        yield diagnosis.memory(room, self.places, device_bytes=device_bytes, host_bytes=host_bytes)
+        room, network = self._ask("memory").answers, network_of(config)
+        # of a data set that cannot be read even the widest video is not known; the frames that are trained on are
+        need = memory_of_run(network, config, self.call.world.size, accepted.get("max_pixels", config.data.size**2))
+        yield diagnosis.memory(room, self.places, need)
         devices = {answer["versions"]["device"] for answer in here if answer}
         self.device = max(devices)  # cuda, where any has it
         if self.call.silent or diagnosis.problems(room) or len(devices) > 1:
@@ -156,7 +152,8 @@ class CheckUp:
             yield Check("all-reduce", "warn", seen, "mend what failed above first")
         else:
             sums = self._ask("all-reduce").answers
-            gradient_bytes = num_parameters * (2 if is_bf16 else 4)
+            is_bf16 = arithmetic(config.train.precision, config.zero.stage) == "bf16"
+            gradient_bytes = network.num_parameters * (BF16_BYTES if is_bf16 else FP32_BYTES)
             yield diagnosis.all_reduce(sums, self.places, gradient_bytes=gradient_bytes, step_s=pace.step_s)
         samples = self._ask("shards", max(SHARDS_LIMIT_S, self.call.limits.phase_s)).answers
         yield diagnosis.shards(
@@ -178,7 +175,7 @@ class CheckUp:
         written, seen = self._ask("run folder, written").answers, self._ask("run folder, seen").answers
         yield diagnosis.run_folder(written, seen, self.places, str(run_dir))
         room = self._ask("space").answers[0] or {PROBLEM: "no answer"}
-        bytes_ = symptoms.checkpoint_bytes(self.config)
+        bytes_ = checkpoint_bytes(network_of(self.config), self.config.optim)
         yield diagnosis.space(room, bytes_, num_at_most=num_kept_at_most(self.config), run_dir=str(run_dir))
 
 

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.finding import NO_END, PROBLEM, Check, Level, Places, plural, short, size
+from pretrain.memory import Memory
 
 Answers = Sequence[Mapping[str, Any] | None]
 """By rank; None where no answer came."""
 
 MAX_SKEW_S = 1.0
 """Clocks further apart make logs, retention by age and credentials of object stores unreliable."""
-ROOM_FOR_ACTIVATIONS = 0.3
-"""Share of a device that model states should leave free."""
 FREE_AT_START = 0.9
 """Share of a GPU that is free where nobody else uses it."""
 MAX_COMMUNICATION = 0.5
@@ -241,47 +240,42 @@ def mirror(answers: Answers, places: Places, url: str | None) -> Check:
 # ------------------------------------------------------------------------------------------------ memory and time
 
 
-def state_bytes(num_parameters: int, *, stage: int, world_size: int, is_bf16: bool, offload: bool) -> tuple[int, int]:
-    """Bytes of model states of one rank, on its device and in host memory: 16 per parameter, less what is shared out.
-
-    ZeRO (arXiv 1910.02054), section 3: the copy that computes and its gradient (2 + 2 bytes in bf16, else 4 + 4), and
-    12 for master weights and two moments; at stage 0 the fp32 weights are their own master.
-    """
-    if stage == 0:
-        return 16 * num_parameters, 0
-    width = 2 if is_bf16 else 4
-    weights = width / (world_size if stage == 3 else 1)
-    gradients = width / (world_size if stage >= 2 else 1)
-    optimizer = 12 / world_size
-    on_device = weights + gradients + (0 if offload else optimizer)
-    return int(num_parameters * on_device), int(num_parameters * optimizer) if offload else 0
-
-
-def memory(answers: Answers, places: Places, *, device_bytes: int, host_bytes: int) -> Check:
-    """Model states fit, and leave room for activations. `host_bytes`: offloaded states of one rank."""
+def memory(answers: Answers, places: Places, need: Memory) -> Check:
+    """A rank's share of the host, or its card, holds what training needs at the config's stage and micro batch."""
     failed = _failed("memory", answers, places, "look at nvidia-smi on that node; leave it out")
     if failed is not None:
         return failed
     found = _good(answers)
-    remedy = "raise zero.stage, use more ranks, set zero.offload=true or a smaller model.size; see `tubelet plan`"
+    remedy = "raise zero.stage, lower train.micro_batch, set train.activation_checkpointing=true: see `tubelet plan`"
     tightest = min(found, key=lambda rank: found[rank]["total_bytes"])
-    total_bytes = int(found[tightest]["total_bytes"])
-    seen = f"{size(device_bytes)} of model states per rank; {found[tightest]['device']} has {size(total_bytes)}"
-    short_of = [rank for rank, answer in found.items() if answer["total_bytes"] < device_bytes]
+    card = found[tightest]
+    # Without a card there is one memory for everything, and no CUDA that wants a part of it.
+    on_device = need.total if card["is_card"] else need.total - need.reserve + need.host
+    sure = need.total - need.reserve if card["is_card"] else on_device
+    seen = (
+        f"{size(on_device)} per rank, {size(need.activations + need.batch)} of it for the micro batch; "
+        f"{card['device']} has {size(card['total_bytes'])}"
+    )
+    short_of = [rank for rank, answer in found.items() if answer["total_bytes"] < sure]
     if short_of:
         return Check("memory", "fail", f"{places.name(short_of)}: {seen}", remedy, places.at_fault(short_of))
-    poor = [rank for rank, answer in found.items() if host_bytes and answer["host_bytes"] < host_bytes]
+    poor = [rank for rank, answer in found.items() if answer["is_card"] and answer["host_bytes"] < need.host]
     if poor:
-        has = size(found[poor[0]]["host_bytes"])
-        offloaded = f"{size(host_bytes)} per rank are offloaded; {places.name(poor)} has {has} of host memory"
-        return Check("memory", "fail", offloaded, "raise the job's --mem, or set zero.offload=false")
+        kept = f"{size(need.host)} per rank are kept in host memory"
+        has = f"{places.name(poor)} has {size(found[poor[0]]['host_bytes'])} of it"
+        return Check(
+            "memory",
+            "fail",
+            f"{kept}; {has}",
+            "raise the job's --mem, use more ranks, or set zero.offload=false",
+        )
     used = [rank for rank, answer in found.items() if answer["free_bytes"] < FREE_AT_START * answer["total_bytes"]]
     if used:
         left = size(found[used[0]]["free_bytes"])
         busy = f"{places.name(used)}: only {left} of {size(found[used[0]]['total_bytes'])} are free"
         return Check("memory", "warn", busy, "another process uses it: look at nvidia-smi there, end what is left over")
-    if device_bytes > (1 - ROOM_FOR_ACTIVATIONS) * total_bytes:
-        return Check("memory", "warn", f"{seen}: little is left for activations", remedy)
+    if on_device > card["total_bytes"]:
+        return Check("memory", "warn", f"{seen}: what CUDA and NCCL take may not fit", remedy)
     return Check("memory", "ok", seen)
 
 

@@ -24,6 +24,7 @@ from pretrain.agree import sum_over_ranks
 from pretrain.batch import ClipBatch
 from pretrain.comm import time_collectives
 from pretrain.data.augment import to_model_input
+from pretrain.memory import MAX_BUCKET_NUMEL
 from pretrain.objective import ClipKeys, Loss, Pretraining
 from pretrain.sections import TrainConfig, ZeroConfig
 from pretrain.world import World
@@ -33,7 +34,6 @@ STATE_KEYS: dict[str, tuple[str, ...]] = {
     "Adam": ("exp_avg", "exp_avg_sq"),
     "SGD": ("momentum_buffer",),
 }
-MAX_BUCKET_NUMEL = 200_000_000
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.agree import Agreement
@@ -22,6 +23,7 @@ from pretrain.redact import without_secrets
 from pretrain.saver import Saver
 from pretrain.world import World
 from shards.errors import UserError
+from shards.layout import Manifest
 from shards.source import load_manifests
 
 log = logging.getLogger(__name__)
@@ -64,12 +66,20 @@ class Recovery:
         log.info("resumed from %s (step %d)", chosen.folder, facts.step)
         return facts.step
 
+    def reserve(self) -> None:
+        """Before training starts: take the memory that saves copy into."""
+        self.saver.reserve(self._slices())
+
     def begin_save(self, step: int) -> None:
         """Begin the checkpoint of `step`, after it, on every rank: all copy what they own and go on."""
+        self.saver.begin(step, self._slices(), self.ledger.cut(), self._facts(step) if self.world.is_first else None)
+
+    def _slices(self) -> list[tuple[str, str, int, Tensor]]:
+        """What this rank writes into a checkpoint."""
         slices = [(s.name, s.state, s.offset, s.values_K) for s in self.engine.slices()]
         if self.world.is_first:
             slices += [(name, "buffer", 0, buffer.reshape(-1)) for name, buffer in self.engine.buffers().items()]
-        self.saver.begin(step, slices, self.ledger.cut(), self._facts(step) if self.world.is_first else None)
+        return slices
 
     def _facts(self, step: int) -> Facts:
         shapes = self.engine.parameters() | {name: tuple(b.shape) for name, b in self.engine.buffers().items()}
@@ -148,11 +158,14 @@ def refuse_other_config(run_dir: Path, config: Config, *, allow_change: bool) ->
         compare(facts, config, run_dir, allow_change=allow_change)
 
 
-def refuse_other_data(run_dir: Path, config: Config) -> None:
-    """The data set is there and is the one of the run, and there are steps left to do: asked before a start counts."""
+def refuse_other_data(run_dir: Path, config: Config) -> list[Manifest]:
+    """The data set is there and is the one of the run, and there are steps left to do: asked before a start counts.
+
+    Returns what the data set says of itself.
+    """
     manifests, facts = load_manifests(specs(config.data)), newest_facts(run_dir)
     if facts is None:
-        return
+        return manifests
     one = facts.cursor["manifest_hash"]
     known = [{manifest.hash, *(version.hash for version in manifest.history)} for manifest in manifests]
     saved = [steps[-1][1] for steps in facts.cursor.get("sources", [[[0, one, None]]])]
@@ -164,6 +177,7 @@ def refuse_other_data(run_dir: Path, config: Config) -> None:
         )
     if facts.step > config.train.steps:
         raise UserError(f"train.steps is {config.train.steps}; {run_dir} is at step {facts.step}: ask for more steps")
+    return manifests
 
 
 def newest_facts(run_dir: Path) -> Facts | None:

@@ -140,14 +140,21 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(save, copies), name="saver", daemon=True)
         self._thread.start()
 
+    def reserve(self, slices: Slices) -> None:
+        """Take the host memory that saves copy into, before training starts: the first would wait for its pages."""
+        for name, state, offset, values_K in slices:
+            key = name, state, offset
+            if key not in self._buffers or self._buffers[key].numel() != values_K.numel():
+                self._buffers[key] = torch.zeros(values_K.numel(), pin_memory=values_K.is_cuda)
+
     def _copy(self, slices: Slices) -> list[tuple[str, str, int, Tensor]]:
-        """Into host memory that is kept from save to save: the first one pays for its pages."""
+        """Into host memory that is kept from save to save."""
+        slices = list(slices)
+        self.reserve(slices)
         copies: list[tuple[str, str, int, Tensor]] = []
         is_cuda = False
         for name, state, offset, values_K in slices:
             key = name, state, offset
-            if key not in self._buffers or self._buffers[key].numel() != values_K.numel():
-                self._buffers[key] = torch.empty(values_K.numel(), pin_memory=values_K.is_cuda)
             is_cuda |= values_K.is_cuda
             self._buffers[key].copy_(values_K.detach().reshape(-1), non_blocking=True)
             copies.append((*key, self._buffers[key]))

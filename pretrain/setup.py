@@ -234,6 +234,7 @@ def start_run(rank: Rank, *, allow_change: bool) -> tuple[Trainer, int]:
         versions=_versions(),
     )
     start = recovery.resume(allow_change=allow_change)
+    recovery.reserve()
     if mirroring is not None and start:  # what the attempt before did not get there
         mirroring.offer(start)
     if world.is_first:

@@ -27,7 +27,6 @@ from pretrain.attempt import node_name
 from pretrain.config import Config
 from pretrain.data.loader import NUM_READERS
 from pretrain.data.source import check_fit, open_dataset
-from pretrain.objective import Pretraining
 from pretrain.redact import without_secrets
 from pretrain.rollcall import Answer, RollCall
 from pretrain.world import World
@@ -284,9 +283,9 @@ def device_memory(world: World, device: torch.device) -> Answer:
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         facts = {"device": torch.cuda.get_device_name(device), "free_bytes": free_bytes, "total_bytes": total_bytes}
-        return {**facts, "host_bytes": host_bytes}
-    facts = {"device": "its share of the host's memory", "free_bytes": host_bytes, "total_bytes": host_bytes}
-    return {**facts, "host_bytes": host_bytes}
+        return {**facts, "is_card": True, "host_bytes": host_bytes}
+    facts = {"device": "its share of the host", "free_bytes": host_bytes, "total_bytes": host_bytes}
+    return {**facts, "is_card": False, "host_bytes": host_bytes}
 
 
 def host_memory_bytes(root: Path = Path("/"), slurm: Any = os.environ) -> int:
@@ -308,18 +307,3 @@ def host_memory_bytes(root: Path = Path("/"), slurm: Any = os.environ) -> int:
                 if limit.is_file() and (text := limit.read_text().strip()).isdigit():
                     known.append(int(text))
     return min(number for number in known if number > 0)
-
-
-def num_parameters(config: Config) -> int:
-    """Trained parameters, counted on a model without memory (torch's meta device)."""
-    with torch.device("meta"):
-        model = Pretraining(
-            config.model.size, config.objective, frames=config.data.frames, size=config.data.size, seed=0
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """fp32 master weights and the moments of the optimizer; the rest is small."""
-    num_moments = {"adamw": 2, "adam": 2, "sgd": int(config.optim.momentum > 0)}[config.optim.name]
-    return 4 * (1 + num_moments) * num_parameters(config)

@@ -22,6 +22,7 @@ from pretrain import diagnosis, symptoms
 from pretrain.checkup import Pace, expected_nodes, make_report, measured, slurm_checks, write_report
 from pretrain.config import Config, load_config
 from pretrain.finding import PROBLEM, Check, Places, lines, next_command
+from pretrain.memory import Memory, States
 from pretrain.patience import Hurry, Limits
 from pretrain.rollcall import CutShort, RollCall, within
 from pretrain.world import World
@@ -30,6 +31,7 @@ from tests.dist import ranks as processes
 
 FOUR = Places(["node0", "node0", "node1", "node2"])
 TWO = Places(["node0", "node1"])
+GB = 10**9
 
 
 def failing(check: Check, *words: str, level: str = "fail") -> Check:
@@ -177,26 +179,29 @@ def test_a_mirror_that_fails() -> None:
 
 
 def test_memory_that_does_not_suffice() -> None:
-    def judge(card: dict[str, Any], *, device: float = 40e9, host: float = 0.0) -> Check:
-        return diagnosis.memory([H100, card], TWO, device_bytes=int(device), host_bytes=int(host))
+    states = States(parameters=10 * GB, gradients=10 * GB, gradients_at_update=10 * GB, optimizer=20 * GB, buckets=GB)
 
-    H100 = {"device": "H100", "free_bytes": 80e9, "total_bytes": 80e9, "host_bytes": 50e9}
+    def judge(card: dict[str, Any], *, activations: int = 9 * GB, copies: int = 20 * GB) -> Check:
+        need = Memory(states, activations, batch=GB, copies=copies, reserve=4 * GB)
+        return diagnosis.memory([H100, card], TWO, need)
+
+    H100 = {"device": "H100", "is_card": True, "free_bytes": 80 * GB, "total_bytes": 80 * GB, "host_bytes": 50 * GB}
     assert judge(H100).level == "ok"
-    small = {**H100, "free_bytes": 24e9, "total_bytes": 24e9}
+    assert "55.0 GB per rank, 10.0 GB of it for the micro batch" in judge(H100).seen
+    small = {**H100, "free_bytes": 24 * GB, "total_bytes": 24 * GB}
     assert failing(judge(small), "rank 1 (node1)", "H100 has 24").nodes == ("node1",)
-    failing(judge(H100, device=70e9), "little is left", level="warn")
-    failing(judge({**H100, "free_bytes": 30e9}), "only 30.0 GB of 80.0 GB are free", level="warn")
-    failing(judge(H100, host=60e9), "60.0 GB per rank are offloaded", "50.0 GB of host memory")
+    failing(judge(H100, activations=36 * GB), "what CUDA and NCCL take", level="warn")
+    failing(judge({**H100, "free_bytes": 30 * GB}), "only 30.0 GB of 80.0 GB are free", level="warn")
+    failing(judge(H100, copies=60 * GB), "60.0 GB per rank are kept in host memory", "node0", "50.0 GB of it")
     failing(judge({PROBLEM: "RuntimeError: no GPU"}), "no GPU")
 
 
-@pytest.mark.parametrize(
-    ("stage", "offload", "on_device", "on_host"),
-    [(0, False, 16.0, 0.0), (1, False, 7.0, 0), (2, False, 5.5, 0), (3, False, 4.0, 0), (3, True, 1.0, 3.0)],
-)
-def test_bytes_of_model_states(stage: int, offload: bool, on_device: float, on_host: float) -> None:
-    found = diagnosis.state_bytes(1000, stage=stage, world_size=4, is_bf16=stage > 0, offload=offload)
-    assert found == (1000 * on_device, 1000 * on_host)
+def test_without_a_card_everything_lies_in_one_memory() -> None:
+    need = Memory(States(GB, GB, GB, GB, GB), GB, batch=GB, copies=GB, reserve=4 * GB)
+    host = {"device": "its share", "is_card": False, "free_bytes": 7 * GB, "total_bytes": 7 * GB, "host_bytes": 7 * GB}
+    assert diagnosis.memory([host, host], TWO, need).level == "ok", "no CUDA takes its 4 GB"
+    less = {**host, "free_bytes": 6 * GB, "total_bytes": 6 * GB, "host_bytes": 6 * GB}
+    failing(diagnosis.memory([host, less], TWO, need), "7 GB per rank", "6 GB")
 
 
 def test_a_signal_that_comes_too_late() -> None:
@@ -311,12 +316,6 @@ def test_memory_of_a_job(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup/memory/job").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory/job/memory.limit_in_bytes").write_text("3000000\n")
     assert symptoms.host_memory_bytes(tmp_path, {}) == 3_000_000
-
-
-def test_a_checkpoint_is_twelve_bytes_per_parameter(config: Config) -> None:
-    assert symptoms.checkpoint_bytes(config) == 12 * symptoms.num_parameters(config)
-    sgd = config.model_copy(update={"optim": config.optim.model_copy(update={"name": "sgd"})})
-    assert symptoms.checkpoint_bytes(sgd) == 8 * symptoms.num_parameters(config)
 
 
 def test_the_pace_of_a_run(tmp_path: Path) -> None:

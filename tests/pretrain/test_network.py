@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from launch.plan_network import network_of
 from pretrain.config import load_config
 from pretrain.model.sizes import SIZES
+from pretrain.network import network_of
 from pretrain.objective import Pretraining
 
 MASKED, ORDER = "objective.masked_frame.mask_ratio=0.9", "objective.frame_order.mask_ratio=0.8"

@@ -1,9 +1,9 @@
 """What one rank holds, stage by stage: where every byte comes from.
 
 Read off DeepSpeed 0.19.8 as `pretrain.engine` sets it up, and held against the storages of real ranks by
-tests/launch/test_plan_memory.py (stages 0 to 3, both precisions, 1, 2 and 4 ranks). The plain formulas of ZeRO
+tests/pretrain/test_memory.py (stages 0 to 3, both precisions, 1, 2 and 4 ranks). The plain formulas of ZeRO
 (arXiv 1910.02054: 4 W + 12 W/N bytes and so on) leave out what decides here: fp32 sums of gradients, stages that keep
-whole gradients between micro steps, and buffers.
+whole gradients between micro steps, and buffers. Arithmetic only, for a login node without torch.
 
 Legend: W parameters  N ranks  e bytes of a parameter in forward and backward (2 in bf16 at stages 1 to 3, else 4)
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.plan_network import BF16_BYTES, FP32_BYTES, Mode, Network, Weight
 from pretrain.config import Config
+from pretrain.network import BF16_BYTES, FP32_BYTES, Mode, Network, Weight
+from pretrain.sections import OptimConfig
 
 PERSISTENT_NUMEL = 100_000
 """Stage 3 keeps parameters of up to this many numbers whole (stage3_param_persistence_threshold)."""
@@ -22,12 +23,11 @@ LIVE_NUMEL = 500_000_000 + 50_000_000
 """Stage 3 keeps gathered what is used again within 10^9 numbers (stage3_max_reuse_distance): of the way forward and
 back that is the last half billion, and a prefetch bucket (stage3_prefetch_bucket_size)."""
 MAX_BUCKET_NUMEL = 200_000_000
-"""`pretrain.engine.MAX_BUCKET_NUMEL`: buckets are as large as the model, up to this."""
+"""Numbers in one reduction: buckets are as large as the model, up to this."""
 ALLREDUCE_NUMEL = 500_000_000
 """Stage 0, and stage 1 in bf16, flatten gradients in portions of this many numbers (MEMORY_OPT_ALLREDUCE_SIZE)."""
 SUB_GROUP_NUMEL = 1_000_000_000
 """Stage 3 updates this many numbers at a time (sub_group_size)."""
-STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 4}
 RESERVE_BYTES = 4_000_000_000
 """Assumed: CUDA's context and kernels (about 0.5 GB), NCCL's buffers (1 to 2 GB), what the allocator cannot reuse."""
 
@@ -59,7 +59,14 @@ class Memory:
     """What autograd keeps of a micro batch, one recomputed block where activations are, and the work of the loss."""
     batch: int
     """The micro batch as it was decoded, as frames and as tubelets."""
+    copies: int
+    """Host memory: what a save copies the states into, and writes from (`pretrain.saver`)."""
     reserve: int = RESERVE_BYTES
+
+    @property
+    def host(self) -> int:
+        """Host memory of the rank for what training holds; workers that decode come on top."""
+        return self.states.host + self.copies
 
     @property
     def total(self) -> int:
@@ -75,8 +82,28 @@ def arithmetic(precision: str, stage: int) -> Mode:
     return "bf16" if stage else "autocast"
 
 
+def moment_bytes(optim: OptimConfig) -> int:
+    """Bytes per parameter of what the optimizer remembers beside the master weights, in fp32."""
+    if optim.name == "sgd":
+        return FP32_BYTES if optim.momentum else 0
+    return 2 * FP32_BYTES
+
+
+def checkpoint_bytes(network: Network, optim: OptimConfig) -> int:
+    """A checkpoint, all ranks together: master weights and what the optimizer remembers; the rest is small."""
+    return (FP32_BYTES + moment_bytes(optim)) * network.num_parameters
+
+
 def memory_of(
-    network: Network, config: Config, states: States, *, stage: int, micro_batch: int, recompute: bool, max_pixels: int
+    network: Network,
+    config: Config,
+    states: States,
+    *,
+    stage: int,
+    micro_batch: int,
+    recompute: bool,
+    max_pixels: int,
+    world_size: int,
 ) -> Memory:
     """Memory of a rank with these states. `max_pixels`: width x height of the largest video of the data set."""
     data, mode = config.data, arithmetic(config.train.precision, stage)
@@ -87,7 +114,31 @@ def memory_of(
     decoded = int(data.frames * max_pixels * (3.0 if data.decoder == "decord" else 1.5))
     # Frames as fp32, and cut into tubelets as fp32 again: the caller still holds the first.
     batch = micro_batch * (decoded + 2 * FP32_BYTES * values)
-    return Memory(states, kept + max(again, work), batch)
+    copies = -(-checkpoint_bytes(network, config.optim) // world_size)
+    return Memory(states, kept + max(again, work), batch, copies)
+
+
+def memory_of_run(network: Network, config: Config, world_size: int, max_pixels: int) -> Memory:
+    """Memory of the fullest rank of a run as its config says."""
+    train, stage = config.train, config.zero.stage
+    states = fullest_states(
+        network,
+        config,
+        stage=stage,
+        offload=config.zero.offload,
+        world_size=world_size,
+        accumulates=train.global_batch > train.micro_batch * world_size,
+    )
+    return memory_of(
+        network,
+        config,
+        states,
+        stage=stage,
+        micro_batch=train.micro_batch,
+        recompute=train.activation_checkpointing,
+        max_pixels=max_pixels,
+        world_size=world_size,
+    )
 
 
 def fullest_states(
@@ -104,13 +155,13 @@ def fullest_states(
             mode=mode,
             rank=rank,
             world_size=world_size,
-            optimizer=config.optim.name,
+            moments=moment_bytes(config.optim),
             accumulates=accumulates,
         )
         for rank in range(min(world_size, 8))
     ]
     fullest = max(found, key=lambda states: states.gradients + states.gradients_at_update)
-    return _offloaded(fullest, stage, mode, STATE_BYTES[config.optim.name]) if offload else fullest
+    return _offloaded(fullest, stage, mode, moment_bytes(config.optim)) if offload else fullest
 
 
 def states_of(
@@ -120,12 +171,13 @@ def states_of(
     mode: Mode,
     rank: int,
     world_size: int,
-    optimizer: str = "adamw",
+    moments: int = 2 * FP32_BYTES,
     accumulates: bool = True,
 ) -> States:
-    """Model states of one rank without offload. `accumulates`: several micro batches make up a step."""
+    """Model states of one rank without offload. `moments`: see `moment_bytes`. `accumulates`: several micro batches
+    make up a step.
+    """
     value_bytes = BF16_BYTES if mode == "bf16" else FP32_BYTES
-    moments = STATE_BYTES[optimizer]
     groups = [[w.numel for w in weights if w.is_decayed is decayed] for decayed in (True, False)]
     groups = [group for group in groups if group]
     numel = sum(w.numel for w in weights)

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from launch.plan_memory import MAX_BUCKET_NUMEL, arithmetic, fullest_states, states_of
-from launch.plan_network import Mode, Network, network_of
 from launch.plan_traffic import traffic_of
-from pretrain import engine
 from pretrain.config import Config, load_config
+from pretrain.memory import arithmetic, checkpoint_bytes, fullest_states, memory_of_run, states_of
 from pretrain.model import vit
+from pretrain.network import Mode, Network, network_of
 from pretrain.objective import ClipKeys, Pretraining
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,10 +161,6 @@ def test_recomputed_block_is_what_a_block_keeps() -> None:
     assert 4 * network.largest_block_bytes("fp32") == pytest.approx(measured, rel=0.05)
 
 
-def test_bucket_is_the_engines() -> None:
-    assert engine.MAX_BUCKET_NUMEL == MAX_BUCKET_NUMEL
-
-
 def test_whole_model_states_follow_the_paper_where_it_applies() -> None:
     """Stage 3 in bf16 for many ranks: 16 W / N (arXiv 1910.02054), 2 W of gathered copies and DeepSpeed's fp32 sums."""
     weights = network_of(config_of("model.size=large", "data.size=224")).weights
@@ -189,3 +184,21 @@ def test_offload_moves_states_to_the_host(precision: str, on_card: int, on_host:
         on_card * network.num_parameters, rel=0.05
     )
     assert states.host == pytest.approx(on_host * network.num_parameters, rel=0.05)
+
+
+def test_a_checkpoint_is_masters_and_moments() -> None:
+    config = config_of()
+    network, sgd = network_of(config), config_of("optim.name=sgd")
+    numel = network.num_parameters
+    assert checkpoint_bytes(network, config.optim) == 12 * numel
+    assert checkpoint_bytes(network, sgd.optim) == 8 * numel
+    assert checkpoint_bytes(network, config_of("optim.name=sgd", "optim.momentum=0").optim) == 4 * numel
+
+
+def test_saves_keep_a_copy_of_a_rank_s_part_of_the_checkpoint() -> None:
+    config = config_of()
+    network = network_of(config)
+    memory = memory_of_run(network, config, 2, 64 * 64)
+    assert memory.host == memory.copies == 6 * network.num_parameters
+    offloaded = memory_of_run(network, config_of("zero.stage=2", "zero.offload=true"), 2, 64 * 64)
+    assert offloaded.host == offloaded.states.host + memory.copies > 12 * network.num_parameters

@@ -67,8 +67,6 @@ def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
     run_dir = Path(config.run.dir)
     if _takes_stop(run_dir):
         raise UserError(f"{run_dir}/STOP was there, and is removed: nothing was started; to go on, submit again")
-    if "\n" in config.launch.prologue.strip():
-        raise UserError("launch.prologue has several lines; it must be one: put them into a FILE, and use: . FILE")
     exported = ["ALL"]
     if "SLURM_JOB_NODELIST" in slurm:
         nodes = job.hostnames(slurm["SLURM_JOB_NODELIST"])

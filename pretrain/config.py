@@ -8,8 +8,6 @@ imported, so that the login node can check a config.
 from __future__ import annotations
 
 import difflib
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_origin
@@ -17,7 +15,7 @@ from typing import Any, Literal, cast, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pretrain.geometry import allowed_counts
+from pretrain.rules import problems_of
 from pretrain.sections import (
     CheckpointConfig,
     DataConfig,
@@ -35,11 +33,7 @@ from pretrain.sections import (
     TrainConfig,
     ZeroConfig,
 )
-from shards.brace import is_pattern
 from shards.errors import UserError
-
-TUBELET_FRAMES = 2
-PATCH_PIXELS = 16
 
 Change = Literal["free", "recorded", "refused"]
 
@@ -61,110 +55,6 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
     launch: LaunchConfig = LaunchConfig()
     limits: LimitsConfig = LimitsConfig()
-
-    def problems(self) -> Iterator[str]:
-        """What the single fields cannot see: rules between them."""
-        if self.data.frames % TUBELET_FRAMES:
-            frames = self.data.frames
-            yield f"data.frames is {frames}; it must be even (a tubelet is two frames): use {frames + 1}"
-        if self.data.size % PATCH_PIXELS:
-            nearest = max(PATCH_PIXELS, round(self.data.size / PATCH_PIXELS) * PATCH_PIXELS)
-            yield f"data.size is {self.data.size}; it must be a multiple of {PATCH_PIXELS}: use {nearest}"
-        if not self.data.crop_scales or not all(0 < scale <= 1 for scale in self.data.crop_scales):
-            yield f"data.crop_scales is {list(self.data.crop_scales)}; each must lie in (0, 1]: use [1.0]"
-        yield from self._data_problems()
-        if self.objective.masked_frame is None and self.objective.frame_order is None:
-            yield "objective is empty; it must name at least one: add objective.masked_frame: {}"
-        yield from self._mask_problems()
-        moved = self.objective.frame_order.num_moved if self.objective.frame_order else None
-        num_slots = self.data.frames // TUBELET_FRAMES
-        if self.objective.frame_order and num_slots < 3:
-            yield f"data.frames is {self.data.frames}; objective.frame_order needs three slots of two: use 6 or more"
-        if moved is not None and moved > num_slots:
-            yield f"objective.frame_order.num_moved is {moved}; a clip has {num_slots} slots: use {num_slots} or less"
-        if self.train.global_batch % self.data.clips_per_video:
-            yield (
-                f"train.global_batch is {self.train.global_batch}; it must be a multiple of data.clips_per_video "
-                f"({self.data.clips_per_video}): use {self._nearest_batch()}"
-            )
-        clips = self.data.clips_per_video
-        if self.train.micro_batch % clips:
-            yield (
-                f"train.micro_batch is {self.train.micro_batch}; it must be a multiple of data.clips_per_video "
-                f"({clips}), so that one rank decides about a video: use {clips}"
-            )
-        if self.train.micro_batch > self.train.global_batch:
-            yield (
-                f"train.micro_batch is {self.train.micro_batch}; it must not exceed train.global_batch "
-                f"({self.train.global_batch}): lower it to {self.train.global_batch}"
-            )
-        if self.schedule.warmup_steps >= self.train.steps:
-            yield (
-                f"schedule.warmup_steps is {self.schedule.warmup_steps}; it must be below train.steps "
-                f"({self.train.steps}): use {self.train.steps // 10}"
-            )
-        if self.schedule.final_lr > self.optim.lr:
-            yield f"schedule.final_lr is {self.schedule.final_lr}; it must not exceed optim.lr ({self.optim.lr}): use 0"
-        if self.zero.offload and self.zero.stage == 0:
-            yield "zero.offload is true; stage 0 has no sharded states to move: use zero.stage=1 or more"
-        keep, every = self.checkpoint.keep_every_steps, self.checkpoint.every_steps
-        if keep % every:
-            yield (
-                f"checkpoint.keep_every_steps is {keep}; it must be a multiple of checkpoint.every_steps ({every}): "
-                f"use {-(-keep // every) * every}"
-            )
-        yield from self._timeout_problems()
-
-    def _data_problems(self) -> Iterator[str]:
-        """How frames are spaced, how sources are mixed, how the order is read."""
-        data, cycles = self.data, [0, *(entry.cycle for entry in self.data.mix)]
-        if data.rate_hz is not None and "stride" in data.model_fields_set:
-            yield f"data.rate_hz is {data.rate_hz:g} and data.stride {data.stride}; one excludes the other: remove one"
-        if not data.sources:
-            yield "data.shards is an empty list; it must name at least one data set: add {url: FOLDER}"
-        if any(one >= other for one, other in itertools.pairwise(cycles)):
-            yield f"data.mix has the cycles {cycles[1:]}; they must rise: put them in order"
-        is_wrong = any(len(entry.weights) != len(data.sources) for entry in data.mix)
-        if is_wrong and not any(is_pattern(source.url) for source in data.sources):  # else it is seen when opened
-            yield f"data.mix must give a weight to each of the {len(data.sources)} sources of data.shards: mend it"
-        per_step = self.train.global_batch // data.clips_per_video
-        if per_step % data.run_length:
-            yield (
-                f"data.run_length is {data.run_length}; it must divide the videos of a step ({per_step}), so that no "
-                f"run is cut: use {math.gcd(per_step, data.run_length)}"
-            )
-
-    def _mask_problems(self) -> Iterator[str]:
-        """Masks must leave the same number of tokens visible in every clip."""
-        slots, cells = self.data.frames // TUBELET_FRAMES, (self.data.size // PATCH_PIXELS) ** 2
-        if self.objective.masked_frame is not None and slots and cells:
-            wanted = self.objective.masked_frame
-            try:
-                allowed_counts(slots, cells, wanted.mask_ratio, wanted.num_frames_masked)
-            except UserError as error:
-                yield str(error)
-
-    def _nearest_batch(self) -> int:
-        clips = self.data.clips_per_video
-        return max(clips, round(self.train.global_batch / clips) * clips)
-
-    def _timeout_problems(self) -> Iterator[str]:
-        """C13: a wait must end before the wait around it does."""
-        nested = ("read_attempt_s", "read_deadline_s", "wait_limit_s", "step_limit_s", "collective_timeout_s")
-        sections = ("setup_limit_s", "first_step_limit_s", "save_limit_s", "eval_limit_s")
-        pairs = [*itertools.pairwise(nested), *((section, "collective_timeout_s") for section in sections)]
-        for inner, outer in pairs:
-            inner_s, outer_s = getattr(self.limits, inner), getattr(self.limits, outer)
-            if inner_s is not None and inner_s >= outer_s:
-                yield (
-                    f"limits.{inner} is {inner_s:g}; it must be below limits.{outer} ({outer_s:g}): "
-                    "lower the one or raise the other"
-                )
-        if self.data.decode_deadline_s >= self.limits.wait_limit_s:
-            yield (
-                f"data.decode_deadline_s is {self.data.decode_deadline_s:g}; it must be below limits.wait_limit_s "
-                f"({self.limits.wait_limit_s:g}): lower it"
-            )
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -207,7 +97,7 @@ def parse(raw: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
         config = Config.model_validate(raw)
     except ValidationError as error:
         return None, [_sentence(raw, item) for item in _meant(cast("list[dict[str, Any]]", error.errors()))]
-    return config, list(config.problems())
+    return config, list(problems_of(config))
 
 
 def _meant(errors: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Pretraining(nn.Module):
                     if (section := getattr(config, name)) is not None
                 }
             )
-        assert len(self.objectives) > 0, "ObjectiveConfig without an objective; config.problems() refuses it"
+        assert len(self.objectives) > 0, "ObjectiveConfig without an objective; pretrain.rules refuses it"
 
     @property
     def weights(self) -> dict[str, float]:

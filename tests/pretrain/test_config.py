@@ -156,6 +156,27 @@ def test_what_is_no_config_is_said_in_one_line(tmp_path: Path, text: str) -> Non
     assert len(problems(tmp_path / "bad.yaml")) == 1
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("module load cuda", ""),
+        (". ~/.secrets", ""),
+        ("export HF_TOKEN=$(cat ~/token) WANDB_API_KEY=$KEY AWS_PROFILE=me", ""),
+        ("export MONKEYS=3 AWS_SHARED_CREDENTIALS_FILE=/x", ""),
+        ("export AWS_SECRET_ACCESS_KEY=canary", "AWS_SECRET_ACCESS_KEY"),
+        ("module load cuda; export hf_token='canary'", "hf_token"),
+    ],
+)
+def test_the_prologue_holds_no_secret(tiny_config: Callable[..., Path], line: str, name: str) -> None:
+    """It is written into the run folder; what it says is not repeated either."""
+    if not name:
+        assert load_config(tiny_config(), [f"launch.prologue={line}"]).launch.prologue == line
+        return
+    with pytest.raises(UserError, match=f"launch.prologue sets {name}; it must hold no secret") as refused:
+        load_config(tiny_config(), [f"launch.prologue={line}"])
+    assert "canary" not in str(refused.value)
+
+
 def test_no_objective_is_refused(tiny_config: Callable[..., Path]) -> None:
     assert (
         "objective is empty" in problems(tiny_config(), "objective.masked_frame=null", "objective.frame_order=null")[0]

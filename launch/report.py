@@ -25,7 +25,7 @@ from shards.errors import UserError
 from shards.storage import write_atomic
 
 if TYPE_CHECKING:
-    from pretrain.audit import AuditResult
+    from pretrain.verdict import AuditResult
 
 RECENT_ROWS = 50
 WAIT_SHOWN = 0.03

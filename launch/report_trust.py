@@ -18,7 +18,7 @@ from pretrain.redact import without_secrets
 from pretrain.track import GROUPS, Row
 
 if TYPE_CHECKING:
-    from pretrain.audit import AuditResult
+    from pretrain.verdict import AuditResult
 
 MAX_ATTEMPTS = 16
 MAX_EVENTS = 30

@@ -11,9 +11,8 @@ length of the run.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,13 +30,12 @@ from pretrain.ledger import (
     row_crc,
     walk_lineage,
 )
+from pretrain.verdict import NUM_SHOWN, AuditResult, Findings
 from shards.errors import UserError
 from shards.layout import SOURCE_SHIFT
 from shards.source import Epoch
 
-EXACT, VIOLATED, EXACT_BUT_LISTED = 0, 1, 3
 ROWS_AT_A_TIME = 1 << 20
-NUM_SHOWN = 8
 
 Ints = NDArray[np.int64]
 
@@ -80,22 +78,6 @@ class Witness:
     data: Data
 
 
-@dataclass(frozen=True)
-class AuditResult:
-    """The verdict for scripts (`exit_code`, `counts`) and for people (`lines`)."""
-
-    exit_code: int
-    """0 exact; 3 exact but for what the journal lists as replaced or withheld; 1 violated."""
-    lines: tuple[str, ...]
-    counts: dict[str, int]
-    substituted: dict[str, int]
-    """Clips replaced, by reason."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
-
-
 def audit(run_dir: Path, head: LineageHead, witness: Witness) -> AuditResult:
     """Check the lineage that ends in `head` (stored in a checkpoint's manifest) against the witness.
 
@@ -105,16 +87,16 @@ def audit(run_dir: Path, head: LineageHead, witness: Witness) -> AuditResult:
     try:
         links = list(walk_lineage(run_dir / "ledger", head))[::-1]
     except ValueError as error:
-        proof.wrong("lineage", f"ledger/{error}")
+        proof.found.wrong("lineage", f"ledger/{error}")
         return proof.result(set())
     if links[-1][1].step != witness.num_steps:
         at = f"of step {links[-1][1].step}, the checkpoint of step {witness.num_steps}"
-        proof.wrong("lineage", f"ledger/{head.file} is {at}")
+        proof.found.wrong("lineage", f"ledger/{head.file} is {at}")
     begin = 0
     for _, link in links:
         proof.check_link(begin, link)
         begin = link.step
-    proof.attempts = len({link.attempt for _, link in links})
+    proof.found.counts["attempts"] = len({link.attempt for _, link in links})
     return proof.result({segment.file for _, link in links for segment in link.segments})
 
 
@@ -135,16 +117,11 @@ class _Once:
 
 @dataclass
 class _Proof:
-    """The state of one audit: what was counted, what was wrong, which samples of the open epoch came by."""
+    """The state of one audit: what was found, and which samples of the open epochs came by."""
 
     run_dir: Path
     witness: Witness
-    counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTS, 0)))
-    substituted: Counter[str] = field(default_factory=Counter[str])
-    attempts: int = 0
-    _wrong: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    _num_wrong: Counter[str] = field(default_factory=Counter[str])
-    _listed: list[str] = field(default_factory=list[str])
+    found: Findings = field(default_factory=Findings)
     _due: dict[tuple[int, int], _Once] = field(default_factory=dict[tuple[int, int], "_Once"])
     """Source and epoch -> what of it was due so far; whole epochs are checked and let go."""
     _reasons: dict[tuple[int, int, int], str] = field(default_factory=dict[tuple[int, int, int], str])
@@ -157,15 +134,8 @@ class _Proof:
                 self._reasons[row.position, row.wanted, row.substitute] = row.reason
             self._withheld = withheld_steps(self.run_dir / "journal")
         except UserError as error:
-            self.wrong("journal", str(error))
+            self.found.wrong("journal", str(error))
         self._journal_positions: Ints = np.unique([key[0] for key in self._reasons]).astype(np.int64)
-
-    def wrong(self, kind: str, text: str, num: int = 1) -> None:
-        """Count a violation; only the first few of a kind keep their text."""
-        self._num_wrong[kind] += num
-        shown = self._wrong.setdefault(kind, [])
-        if len(shown) < NUM_SHOWN:
-            shown.append(text)
 
     # ------------------------------------------------------------------ one checkpoint interval
 
@@ -188,13 +158,13 @@ class _Proof:
                 self._wrong_rows("repeated", "consumed again", segment, rows, again)
                 twice = self._mark_due(rows[~again], epoch_R[~again])
                 self._wrong_rows("epoch", "its sample was due before in this epoch", segment, rows[~again], twice)
-        self.counts["clips"] += int(clips.seen.sum())
+        self.found.counts["clips"] += int(clips.seen.sum())
         self._withhold(clips, begin, link)
         self._check_missing(clips, first, begin, link)
         for epoch in epochs:
             if epoch.is_whole:
                 self._check_epoch(epoch, self._due.pop((epoch.source, epoch.number)))
-        self.counts["commits"] += 1
+        self.found.counts["commits"] += 1
 
     def _withhold(self, clips: _Once, begin: int, link: Link) -> None:
         """Steps that were decided not to be applied: none of their clips may be here, and none is missing."""
@@ -205,15 +175,14 @@ class _Proof:
             place = clip - begin * witness.global_batch
             if num := int(clips.seen[place].sum()):
                 text = f"step {step}: {num} clips were consumed, though it was given up ({reason})"
-                self.wrong("withheld", text, num)
+                self.found.wrong("withheld", text, num)
             clips.seen[place] = True
             due = np.zeros(len(clip), ROW_DTYPE)
             position, due["draw"] = np.divmod(clip, witness.clips_per_video)
             epoch, due["wanted"] = witness.data.places(position)
             self._mark_due(due, epoch)
-            self.counts["withheld"] += len(clip)
-            if len(self._listed) < NUM_SHOWN:
-                self._listed.append(f"step {step}: not applied, {len(clip)} clips withheld ({reason})")
+            self.found.counts["withheld"] += len(clip)
+            self.found.note(f"step {step}: not applied, {len(clip)} clips withheld ({reason})")
 
     def _mark_due(self, rows: NDArray[np.void], epoch_R: Ints) -> NDArray[np.bool_]:
         """Mark the samples that the order asked for; True where one was due before in its epoch."""
@@ -231,9 +200,9 @@ class _Proof:
 
     def _read(self, segment: Segment) -> Iterator[NDArray[np.void]]:
         """Rows of a segment in pieces; what is wrong with the file as a whole is noted at its end."""
-        self.counts["segments"] += 1
+        self.found.counts["segments"] += 1
         if Path(segment.file).name != segment.file:
-            self.wrong("file", f"{segment.file!r} is not a plain file name")
+            self.found.wrong("file", f"{segment.file!r} is not a plain file name")
             return
         digest, num_rows, tail = hashlib.sha256(), 0, 0
         try:
@@ -245,18 +214,18 @@ class _Proof:
                     num_rows += len(rows)
                     yield rows
         except OSError as error:
-            self.wrong("file", f"ledger/{segment.file} cannot be read ({error.strerror})")
+            self.found.wrong("file", f"ledger/{segment.file} cannot be read ({error.strerror})")
             return
         if num_rows != segment.num_rows or tail:
             has = f"has {num_rows} rows" + (f" and {tail} bytes" if tail else "")
-            self.wrong("file", f"ledger/{segment.file} {has}; {segment.num_rows} rows were committed")
+            self.found.wrong("file", f"ledger/{segment.file} {has}; {segment.num_rows} rows were committed")
         elif digest.hexdigest() != segment.sha256:
-            self.wrong("file", f"ledger/{segment.file} was changed after it was committed (its hash differs)")
+            self.found.wrong("file", f"ledger/{segment.file} was changed after it was committed (its hash differs)")
 
     def _check_rows(self, segment: Segment, rows: NDArray[np.void], first: int, end: int) -> tuple[Ints, Ints]:
         """Every rule that one row can break. Returns clip numbers, -1 for a row that has no place here, and epochs."""
         witness = self.witness
-        self.counts["rows"] += len(rows)
+        self.found.counts["rows"] += len(rows)
         position = rows["position"].astype(np.int64)
         wanted, sample = rows["wanted"].astype(np.int64), rows["sample"].astype(np.int64)
         clip = position * witness.clips_per_video + rows["draw"]
@@ -294,23 +263,22 @@ class _Proof:
         for row in rows[may_explain]:
             reason = self._reasons.get((int(row["position"]), int(row["wanted"]), int(row["sample"])))
             if reason is None:
-                self.wrong("substitute", f"{_where(segment, row)}: {no_row}")
+                self.found.wrong("substitute", f"{_where(segment, row)}: {no_row}")
                 continue
-            self.substituted[reason] += 1
-            if len(self._listed) < NUM_SHOWN:
-                self._listed.append(
-                    f"position {row['position']} (step {row['step']}): sample {row['wanted']} was replaced by "
-                    f"{row['sample']} ({reason})"
-                )
+            self.found.substituted[reason] += 1
+            self.found.note(
+                f"position {row['position']} (step {row['step']}): sample {row['wanted']} was replaced by "
+                f"{row['sample']} ({reason})"
+            )
 
     def _check_missing(self, clips: _Once, first: int, begin: int, link: Link) -> None:
         missing = np.flatnonzero(~clips.seen) + first
         for clip in missing[:NUM_SHOWN].tolist():
             position, draw = divmod(clip, self.witness.clips_per_video)
             where = f"position {position} (step {clip // self.witness.global_batch}, draw {draw})"
-            self.wrong("missing", f"{where}: in no segment of the commit of steps {begin}..{link.step - 1}")
+            self.found.wrong("missing", f"{where}: in no segment of the commit of steps {begin}..{link.step - 1}")
         if len(missing) > NUM_SHOWN:
-            self.wrong("missing", "", num=len(missing) - NUM_SHOWN)
+            self.found.wrong("missing", "", num=len(missing) - NUM_SHOWN)
 
     def _check_epoch(self, epoch: Epoch, due: _Once) -> None:
         """A whole epoch: each selected sample was due exactly once (per draw)."""
@@ -318,11 +286,11 @@ class _Proof:
         selected_N = self.witness.data.selected(epoch.source, epoch.num_rows)
         never = np.flatnonzero(np.repeat(selected_N, clips) & ~due.seen) // clips
         if not len(never):
-            self.counts["epochs"] += 1
+            self.found.counts["epochs"] += 1
             return
         samples = ", ".join(map(str, (never[:NUM_SHOWN] + (epoch.source << SOURCE_SHIFT)).tolist()))
         of = f"epoch {epoch.number}" + (f" of source {epoch.source}" if epoch.source else "")
-        self.wrong("epoch", f"{of}: {len(never)} clips were never due, of samples {samples}", len(never))
+        self.found.wrong("epoch", f"{of}: {len(never)} clips were never due, of samples {samples}", len(never))
 
     def _wrong_rows(
         self, kind: str, text: str, segment: Segment, rows: NDArray[np.void], is_wrong: NDArray[np.bool_]
@@ -331,75 +299,16 @@ class _Proof:
             return
         bad = rows[is_wrong]
         for row in bad[:NUM_SHOWN]:
-            self.wrong(kind, f"{_where(segment, row)}: {text}")
+            self.found.wrong(kind, f"{_where(segment, row)}: {text}")
         if len(bad) > NUM_SHOWN:
-            self.wrong(kind, "", num=len(bad) - NUM_SHOWN)
-
-    # ------------------------------------------------------------------ the verdict
+            self.found.wrong(kind, "", num=len(bad) - NUM_SHOWN)
 
     def result(self, committed: set[str]) -> AuditResult:
-        """Count what no checkpoint stands on, and put everything into words."""
+        """Count what no checkpoint stands on, and give the verdict."""
         files, rows, torn = _uncommitted(self.run_dir / "ledger", committed)
-        self.counts.update(abandoned_files=files, abandoned_rows=rows, torn_tails=torn)
-        self.counts.update(attempts=self.attempts, substituted=self.substituted.total())
-        self.counts.update({f"wrong_{kind}": num for kind, num in self._num_wrong.items()})
-        has_list = bool(self.substituted or self.counts["withheld"])
-        code = VIOLATED if self._num_wrong else EXACT_BUT_LISTED if has_list else EXACT
-        return AuditResult(code, tuple(self._lines(code)), dict(self.counts), dict(self.substituted))
-
-    def _lines(self, code: int) -> Iterator[str]:
-        counts, steps = self.counts, self.witness.num_steps
-        verdict = {EXACT: "EXACT", EXACT_BUT_LISTED: "EXACT but for what is listed", VIOLATED: "VIOLATED"}[code]
-        yield f"audit of step {steps}: {verdict}"
-        due = steps * self.witness.global_batch
-        if code == VIOLATED:
-            yield f"  {counts['clips']} of {due} clips due in steps 0..{steps - 1} are in the ledger; wrong:"
-            for kind, texts in self._wrong.items():
-                texts = [text for text in texts if text]
-                yield f"  {_KINDS[kind]}: {self._num_wrong[kind]}"
-                yield from (f"    {text}" for text in texts)
-                if self._num_wrong[kind] > len(texts):
-                    yield f"    … and {self._num_wrong[kind] - len(texts)} more"
-        else:
-            due -= counts["withheld"]
-            yield f"  {due} clips of steps 0..{steps - 1}: each consumed once, in the order that the seed gives"
-            yield f"  {counts['epochs']} whole epochs: each of {self.witness.data.num_samples} samples exactly once"
-            yield f"  {counts['rows']} checksums: the bytes that were decoded are those of the manifest"
-            yield (
-                f"  {counts['segments']} ledger files of {counts['commits']} checkpoints by {counts['attempts']} "
-                "attempts: as they were committed"
-            )
-        if self.substituted:
-            by_reason = ", ".join(f"{reason} {num}" for reason, num in sorted(self.substituted.items()))
-            yield f"  {self.substituted.total()} clips replaced as the journal says ({by_reason})"
-        if counts["withheld"]:
-            yield f"  {counts['withheld']} clips withheld: their steps were not applied, as the journal says"
-        yield from (f"    {text}" for text in self._listed)
-        if len(self._listed) == NUM_SHOWN:
-            yield "    all of them: journal/"
-        if counts["abandoned_files"]:
-            torn = f", {counts['torn_tails']} with a torn end" if counts["torn_tails"] else ""
-            yield (
-                f"  besides: {counts['abandoned_rows']} rows in {counts['abandoned_files']} files that this checkpoint "
-                f"does not stand on{torn} (work after the last save of an attempt: legal, done again)"
-            )
-
-
-_COUNTS = ("clips", "rows", "epochs", "segments", "commits", "withheld")
-_KINDS = {
-    "lineage": "the chain of commits is broken",
-    "journal": "the journal cannot be read",
-    "file": "ledger files missing or changed",
-    "damaged": "rows damaged",
-    "misplaced": "rows in the wrong place",
-    "repeated": "clips consumed more than once",
-    "missing": "clips never consumed",
-    "order": "wrong sample asked for",
-    "substitute": "wrong sample delivered",
-    "withheld": "clips consumed in steps that were not to be applied",
-    "bytes": "wrong bytes decoded",
-    "epoch": "epochs not complete",
-}
+        self.found.counts.update(abandoned_files=files, abandoned_rows=rows, torn_tails=torn)
+        witness = self.witness
+        return self.found.result(witness.num_steps, witness.num_steps * witness.global_batch, witness.data.num_samples)
 
 
 def _where(segment: Segment, row: Any) -> str:

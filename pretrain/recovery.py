@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pretrain import checkpoint
 from pretrain.agree import Agreement
@@ -58,8 +57,7 @@ class Recovery:
             return 0
         facts = chosen.facts
         self.changes = (*facts.changes, *compare(facts, self.config, self.run_dir, allow_change=allow_change))
-        self.engine.restore(chosen.read, facts.optimizer_steps)
-        self.engine.restore_buffers(lambda name: chosen.read(name, "buffer", 0, chosen.numel(name, "buffer")))
+        self.engine.states.restore(chosen.read, facts.optimizer_steps)
         self.loader.load_state_dict(facts.cursor)
         self.saver.resumed_from(chosen.lineage, (chosen.folder / "manifest.json").stat().st_mtime)
         self.agreement.wait()
@@ -68,28 +66,22 @@ class Recovery:
 
     def reserve(self) -> None:
         """Before training starts: take the memory that saves copy into."""
-        self.saver.reserve(self._slices())
+        self.saver.reserve(self.engine.states.slices())
 
     def begin_save(self, step: int) -> None:
         """Begin the checkpoint of `step`, after it, on every rank: all copy what they own and go on."""
-        self.saver.begin(step, self._slices(), self.ledger.cut(), self._facts(step) if self.world.is_first else None)
-
-    def _slices(self) -> list[tuple[str, str, int, Tensor]]:
-        """What this rank writes into a checkpoint."""
-        slices = [(s.name, s.state, s.offset, s.values_K) for s in self.engine.slices()]
-        if self.world.is_first:
-            slices += [(name, "buffer", 0, buffer.reshape(-1)) for name, buffer in self.engine.buffers().items()]
-        return slices
+        self.saver.begin(
+            step, self.engine.states.slices(), self.ledger.cut(), self._facts(step) if self.world.is_first else None
+        )
 
     def _facts(self, step: int) -> Facts:
-        shapes = self.engine.parameters() | {name: tuple(b.shape) for name, b in self.engine.buffers().items()}
         return Facts(
             step=step,
-            optimizer_steps=self.engine.optimizer_steps,
+            optimizer_steps=self.engine.states.optimizer_steps,
             attempt=self.attempt,
             cursor=self.loader.state_dict(),
             config=without_secrets(self.config.model_dump(mode="json")),
-            shapes={name: list(shape) for name, shape in shapes.items()},
+            shapes=self.engine.states.shapes(),
             versions=self.versions,
             changes=list(self.changes),
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain import checkpoint
-from pretrain.audit import AuditResult, Witness, audit
+from pretrain.audit import Witness, audit
 from pretrain.config import Config, parse
 from pretrain.data.source import open_dataset
 from pretrain.journal import read_growth
+from pretrain.verdict import AuditResult
 from shards.errors import UserError
 
 

@@ -77,9 +77,9 @@ def child(folder: Path, repeats: int, size: str) -> dict[str, Any]:
         return time.perf_counter() - start_s
 
     def slices() -> list[tuple[str, str, int, torch.Tensor]]:
-        return [(s.name, s.state, s.offset, s.values_K) for s in engine.slices()]
+        return list(engine.states.slices())
 
-    shapes = {name: list(shape) for name, shape in engine.parameters().items()}
+    shapes = engine.states.shapes()
     rows: dict[str, list[float]] = {"background": [], "plain": [], "step": [], "step while writing": [], "write": []}
     for _ in range(WARM_STEPS):
         step()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from launch.report import report
-from pretrain.audit import AuditResult
+from pretrain.verdict import AuditResult
 from tests.browser.chromium import Chromium
 from tests.browser.whole_run import TITLES, write_whole_run
 

@@ -125,7 +125,7 @@ def train(
     if load is not None:
         checkpoint = Checkpoint(Path(load))
         assert not checkpoint.broken_files(checkpoint.files)
-        engine.restore(checkpoint.read, checkpoint.facts.optimizer_steps)
+        engine.states.restore(checkpoint.read, checkpoint.facts.optimizer_steps)
     losses, norms = [], []
     for step in steps:
         report = engine.step(made_up_batches(step, engine, global_batch, micro_batch), lr=1e-3 * (step + 1))
@@ -134,7 +134,7 @@ def train(
         norms.append(engine.grad_norm())
     if save is not None:
         save_checkpoint(engine, Path(save), steps[-1] + 1)
-    return {"losses": losses, "norms": norms, "optimizer_steps": engine.optimizer_steps}
+    return {"losses": losses, "norms": norms, "optimizer_steps": engine.states.optimizer_steps}
 
 
 def not_finite(*, stage: int, precision: str) -> list[bool]:
@@ -153,7 +153,7 @@ def not_finite(*, stage: int, precision: str) -> list[bool]:
     def infinite(name: str, state: str, offset: int, length: int) -> torch.Tensor:
         return torch.full((length,), float("inf") if state == "fp32" and name == "encoder.norm.weight" else 0.01)
 
-    engine.restore(infinite, 1)
+    engine.states.restore(infinite, 1)
     return [*applied, engine.step(made_up_batches(1, engine, 4, 2), lr=1e-3).is_applied]
 
 
@@ -170,18 +170,18 @@ def gather_numbers() -> list[dict[str, float]]:
 def save_checkpoint(engine: Engine, run_dir: Path, step: int) -> None:
     world, agreement = world_from_environment(), Agreement(300)
     staging = staging_folder(run_dir, step, 1)
-    slices = [(s.name, s.state, s.offset, s.values_K.detach().reshape(-1)) for s in engine.slices()]
+    slices = [(s.name, s.state, s.offset, s.values_K.detach().reshape(-1)) for s in engine.states.slices()]
     write_part(staging, world.rank, slices)
     agreement.wait()
     if world.is_first:
         parts, _ = read_parts(staging, world.size)
         facts = Facts(
             step=step,
-            optimizer_steps=engine.optimizer_steps,
+            optimizer_steps=engine.states.optimizer_steps,
             attempt=1,
             cursor={},
             config={},
-            shapes={name: list(shape) for name, shape in engine.parameters().items()},
+            shapes=engine.states.shapes(),
             versions={},
             changes=[],
         )
@@ -202,5 +202,5 @@ def resave(*, stage: int, load: str, save: str, step: int, global_batch: int, mi
         seed=99,
     )
     checkpoint = Checkpoint(Path(load))
-    engine.restore(checkpoint.read, checkpoint.facts.optimizer_steps)
+    engine.states.restore(checkpoint.read, checkpoint.facts.optimizer_steps)
     save_checkpoint(engine, Path(save), step)

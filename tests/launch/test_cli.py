@@ -16,8 +16,8 @@ import pretrain.downstream.knn
 import pretrain.downstream.reconstruct
 import pretrain.witness
 from launch import cli, screen
-from pretrain.audit import AuditResult
 from pretrain.config import load_config
+from pretrain.verdict import AuditResult
 from shards.errors import UserError
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.report import report
 from launch.report_trust import MAX_ATTEMPTS, MAX_EVENTS
-from pretrain.audit import AuditResult
+from pretrain.verdict import AuditResult
 from shards.errors import UserError
 from tests.browser.whole_run import TITLES, write_whole_run
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pretrain.audit import AuditResult, Witness, audit
+from pretrain.audit import Witness, audit
 from pretrain.batch import ClipBatch
 from pretrain.decisions import Decisions, RolledBack, Skipped
 from pretrain.journal import Journal, JournalRow
@@ -36,6 +36,7 @@ from pretrain.ledger import (
     row_crc,
     walk_lineage,
 )
+from pretrain.verdict import AuditResult
 from shards.source import Epoch
 
 

@@ -53,11 +53,11 @@ def storages(*roots: Any) -> Held:
 
 def held(engine: Any) -> dict[str, Held]:
     """What the engine holds by category; a storage counts where it is found first."""
-    sharded, parameters = engine._sharded, list(engine.module.parameters())
+    sharded, parameters = engine.states._sharded, list(engine.module.parameters())
     flats = engine._flat_states()
     roots: dict[str, list[Any]] = {
         "parameters": [*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)],
-        "optimizer": [*flats, *(state for flat in flats for state in engine._optimizer.state[flat].values())],
+        "optimizer": [*flats, *(state for flat in flats for state in engine.states._optimizer.state[flat].values())],
         "gradients": [
             *(p.grad for p in parameters if p.grad is not None),
             *(getattr(p, "grad_accum", None) for p in parameters),
@@ -147,7 +147,7 @@ def measure(stage: int, precision: str, world: int, counted: Counter[str]) -> di
         peaks.look("backward", everywhere=True)
 
     engine._engine.backward = watched
-    handle = engine._optimizer.register_step_pre_hook(lambda *_: peaks.look("update"))
+    handle = engine.states._optimizer.register_step_pre_hook(lambda *_: peaks.look("update"))
     counted.clear()
     engine.step(made_up_batches(2, engine, batch, MICRO_BATCH), lr=1e-3)
     handle.remove()

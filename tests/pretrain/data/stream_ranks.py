@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.audit import AuditResult, Witness, audit
+from pretrain.audit import Witness, audit
 from pretrain.data.loader import ClipLoader
 from pretrain.data.source import open_dataset
 from pretrain.journal import Journal, read_growth
 from pretrain.ledger import ROW_DTYPE, Ledger, LineageHead, Segment, commit_lineage, walk_lineage
 from pretrain.sections import DataConfig
+from pretrain.verdict import AuditResult
 from shards.errors import SampleError
 from shards.reader import SplitReader
 from shards.storage import write_atomic

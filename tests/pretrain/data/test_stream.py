@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.audit import EXACT
 from pretrain.config import load_config
 from pretrain.data.loader import ClipLoader
 from pretrain.data.source import open_dataset
 from pretrain.journal import GROWTH_NAME, Journal, JournalRow, read_journal
 from pretrain.sections import DataConfig, MixConfig, SourceConfig
+from pretrain.verdict import EXACT
 from shards.errors import UserError
 from shards.growth import Growth
 from shards.layout import SOURCE_SHIFT

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from pretrain.audit import EXACT_BUT_LISTED
 from pretrain.data.loader import NUM_READERS, ClipLoader
 from pretrain.data.rows import Rows
 from pretrain.data.source import open_dataset
 from pretrain.journal import Journal, JournalRow, read_journal
 from pretrain.ledger import SUBSTITUTED, Ledger, commit_lineage
 from pretrain.sections import CacheConfig
+from pretrain.verdict import EXACT_BUT_LISTED
 from shards import retry, storage
 from shards.errors import SampleError, UserError
 from shards.layout import MANIFEST_NAME

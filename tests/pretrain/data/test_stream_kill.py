@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.audit import EXACT_BUT_LISTED
 from pretrain.data.loader import ClipLoader
 from pretrain.journal import Journal
 from pretrain.ledger import walk_lineage
 from pretrain.sections import CacheConfig, DataConfig
+from pretrain.verdict import EXACT_BUT_LISTED
 from shards.dataset import DataSet, Recipe, SourceSpec
 from shards.order import FILLER, clip_places, num_micro_steps, rank_clips
 from shards.reader import open_split

@@ -8,7 +8,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO_WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
 # The folders that the plain test command leaves out (pyproject.toml) are named one by one.
 PYTEST_ALONE := $(PYTEST) -o addopts="-q --import-mode=importlib --strict-markers"
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.left_out import LEFT_OUT, forget_doubles
 
@@ -20,23 +21,34 @@ LONGEST = (*SHARED, "tests/test_readme.py", "tests/launch/test_hosts.py", "tests
 """These begin first: two workers end together if what is left for the end is short."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+class ByGroup(LoadScopeScheduling):
+    """Two workers share the tests by file, and by folder where a folder shares something. (The marks of pytest-xdist's
+    own loadgroup have no effect with pytest 9.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    """How the tests are shared."""
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """The file of a test, or the folder that its tests share something in."""
+    file = nodeid.partition("::")[0]
+    return next((shared for shared in SHARED if file.startswith(f"{shared}/")), file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the tests (pytest-xdist): by file, and by folder where a folder shares something."""
+    """The longest first."""
 
     def place(item: pytest.Item) -> int:
-        name = name_of(item)
-        return next((number for number, longest in enumerate(LONGEST) if name.startswith(longest)), len(LONGEST))
+        return next((number for number, longest in enumerate(LONGEST) if item.nodeid.startswith(longest)), len(LONGEST))
 
-    for item in items:
-        name = name_of(item)
-        item.add_marker(pytest.mark.xdist_group(next((shared for shared in SHARED if name.startswith(shared)), name)))
     items.sort(key=place)
-
-
-def name_of(item: pytest.Item) -> str:
-    """The file of a test, from the project folder."""
-    return item.path.relative_to(ROOT).as_posix()
 
 
 def pytest_runtest_teardown() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -74,7 +75,30 @@ def test_no_attic() -> None:
     assert max(len(file.relative_to(ROOT).parts) for file in product_files()) <= 3
 
 
-def test_the_tests_of_a_file_stay_with_one_worker(request: pytest.FixtureRequest) -> None:
-    """Where workers share the tests, pytest-xdist shows the group in the name; fixtures are made once then."""
-    is_worker = hasattr(request.config, "workerinput")
-    assert request.node.nodeid.endswith("@tests/test_project.py") == is_worker
+TWO_GROUPS = """
+def test_{name}_{number}(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    with (folder.parent / "{name}").open("a") as seen:
+        seen.write(folder.name + "\\n")
+"""
+
+
+def test_what_shares_something_stays_with_one_worker(tmp_path: Path) -> None:
+    """Two workers, the real conftest, four files in two groups: each group is seen by one of them."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=lambda folder, names: [n for n in names if n[0] == "_"])
+    for name in ("slurm", "dist"):
+        shutil.rmtree(tmp_path / "tests" / name)
+        (tmp_path / "tests" / name).mkdir()
+        for number in range(2):
+            body = "".join(TWO_GROUPS.format(name=name, number=each) for each in range(4))
+            (tmp_path / f"tests/{name}/test_{number}.py").write_text(body)
+    where = ["tests/slurm", "tests/dist", "--basetemp", str(tmp_path / "base"), "--rootdir", str(tmp_path)]
+    workers = ["-n", "2", "--dist", "loadscope", "--no-loadscope-reorder", "--import-mode=importlib", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *workers, *where], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("slurm", "dist"):
+        seen = (tmp_path / "base" / name).read_text().split()
+        assert len(seen) == 8
+        assert len(set(seen)) == 1

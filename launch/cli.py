@@ -94,14 +94,18 @@ def doctor(
     path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
     overrides: Overrides = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="Processes. Default: the GPUs of this node, else 1.")] = None,
+    change: Annotated[
+        bool, typer.Option("--change", help="The run will be resumed with changed steps, schedule or weights.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Is this machine, or this Slurm allocation, fit for the run? Exit codes: 0 fit, 2 a check failed."""
     from launch.doctor import doctor as examine
     from launch.doctor import exit_code, report_lines
 
-    report = examine(path, overrides or [], ranks)
-    show(report, as_json, *report_lines(report, path, overrides or [], ranks))
+    report = examine(path, overrides or [], ranks, allow_change=change)
+    words = [*(overrides or []), *["--change"] * change]
+    show(report, as_json, *report_lines(report, path, words, ranks))
     raise typer.Exit(exit_code(report))
 
 
@@ -110,8 +114,10 @@ def submit(
     path: Annotated[Path, typer.Argument(help="Config, for example configs/laptop.yaml.", metavar="CONFIG")],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs, and ranks, of each node.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start: 24:00:00. The run goes on after it.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs, and ranks, of each node. Default: two CPU ranks.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start, as 24:00:00. The run goes on after it.")] = None,
     partition: Annotated[str | None, typer.Option(help="Default: the cluster's.")] = None,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="OPTION", help="Any option of sbatch: --sbatch=--cpus-per-task=12")

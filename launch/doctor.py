@@ -39,13 +39,15 @@ LEFT_ALONE_S = 300
 """How long srun lets the other ranks go on after one has ended: they name it, and end by themselves."""
 
 
-def doctor(config: Path, overrides: Sequence[str] = (), ranks: int | None = None) -> dict[str, Any]:
+def doctor(
+    config: Path, overrides: Sequence[str] = (), ranks: int | None = None, *, allow_change: bool = False
+) -> dict[str, Any]:
     """Examine this machine, or this allocation, for the run that the config describes; returns the report.
 
     Raises `UserError` for a config with problems, and where the ranks ended without a report.
     """
     loaded = load_config(config, overrides)
-    arguments = [str(config), *overrides, "--json"]
+    arguments = [str(config), *overrides, "--json", *["--change"] * allow_change]
     with tempfile.TemporaryDirectory(prefix="tubelet-doctor-") as folder:
         printed = Path(folder) / "report"
         if "SLURM_JOB_ID" in os.environ:

@@ -45,8 +45,11 @@ _GPUS = {
 }
 MORE = "TUBELET_SBATCH"
 """Environment variable: further options of sbatch that the job was submitted with (`tubelet submit --sbatch`)."""
-_ONCE = ("--array", "-a", "--begin", "-b", "--hold", "-H", "--wait", "-W")
-"""Options that were meant for the first submission only."""
+_NOT_AGAIN = {
+    *("array", "a", "begin", "b", "hold", "H", "wait", "W", "test-only", "parsable"),
+    *("nodelist", "w", "nodefile", "F", "nodes", "N", "exclude", "x", "dependency", "d", "comment"),
+}
+"""Options that were meant for the first submission only, and those that a copy says itself."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def hostnames(nodes: str) -> list[str]:
         return []
     done = ask("scontrol", "show", "hostnames", nodes)
     if done.returncode:
-        raise UserError(f"`scontrol show hostnames {nodes}` failed: {done.stderr.strip() or done.stdout.strip()}")
+        said = done.stderr.strip() or done.stdout.strip()
+        raise UserError(f"`scontrol show hostnames {nodes}` failed ({said}): try again, or ask who runs this Slurm")
     return done.stdout.split()
 
 
@@ -138,7 +142,7 @@ def submit_copy(
     job: str, options: Sequence[str], arguments: Sequence[str], more_env: dict[str, str]
 ) -> tuple[bool, str]:
     """Submit this job's script once more with other options; (whether it worked, what Slurm said)."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         script = f"{folder}/tubelet"
         written = ask("scontrol", "write", "batch_script", job, script)
         done = (
@@ -156,7 +160,7 @@ def copy_options(
 
     `nodes` is a number or a range, `exclude` the nodes to do without.
     """
-    options = [word for word in shlex.split(slurm.get(MORE, "")) if not word.startswith(_ONCE)]  # ours follow, and win
+    options = _meant_for_copies(shlex.split(slurm.get(MORE, "")))
     options += [f"--dependency=afterany:{slurm['SLURM_JOB_ID']}", f"--comment={mark_of(run_dir)}", f"--nodes={nodes}"]
     options += [f"--exclude={','.join(exclude)}"] * bool(exclude)
     for field, option in _COPIED.items():
@@ -169,11 +173,29 @@ def copy_options(
             options.append(f"--{option}={value}")
     if "SLURM_NTASKS_PER_NODE" in slurm:
         options.append(f"--ntasks-per-node={slurm['SLURM_NTASKS_PER_NODE']}")
+    is_smaller = nodes != facts.get("NumNodes", nodes)
     for field, option in _GPUS.items():
-        if gpus := re.fullmatch(r"gres[:/]gpu[:=](.+)", facts.get(field, "")):
-            options.append(f"--{option}={gpus[1]}")
+        if gpus := re.search(r"(?:^|,)gres[:/]gpu[:=]([^,]+)", facts.get(field, "")):
+            kind, _, number = gpus[1].rpartition(":")
+            if field == "TresPerJob" and is_smaller:  # fewer nodes have fewer cards
+                option, number = "gpus-per-node", str(int(number) // int(facts["NumNodes"]))
+            options.append(f"--{option}={kind}{':' if kind else ''}{number}")
+    wanted = [] if is_smaller else hostnames(facts.get("ReqNodeList", ""))
+    if wanted and not set(wanted) & set(exclude):
+        options.append(f"--nodelist={','.join(wanted)}")
     options += ["--exclusive"] * (facts.get("OverSubscribe") == "NO")
     return options
+
+
+def _meant_for_copies(words: Sequence[str]) -> list[str]:
+    """The options of sbatch that a copy gets too, with their values: `--name=value`, `-nvalue`, or two words."""
+    kept: list[str] = []
+    is_kept = True
+    for word in words:
+        if word.startswith("-"):
+            is_kept = (word[2:].partition("=")[0] if word.startswith("--") else word[1:2]) not in _NOT_AGAIN
+        kept += [word] * is_kept
+    return kept
 
 
 def outer_environment() -> dict[str, str]:

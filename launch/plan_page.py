@@ -70,10 +70,8 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"{RESERVE_BYTES / GB:.0f} GB assumed for CUDA and NCCL. A card has {plan.gpu.memory_bytes / GB:.0f} GB."
     copies = choice.option.memory.copies * plan.gpus / GB
     yield f"A node's own memory: {copies:,.1f} GB for the copies that saves write from,"
-    hosts = [option.memory.states.host for option in choice.rows if option.offload]
-    if hosts:
-        low, high = min(hosts) * plan.gpus / GB, max(hosts) * plan.gpus / GB
-        yield f"{low:,.1f} to {high:,.1f} GB for offload (not measured on a card)."
+    hosts = [option.memory.states.host * plan.gpus / GB for option in choice.rows if option.offload]
+    yield f"{min(hosts):,.1f} to {max(hosts):,.1f} GB for offload (not measured on a card)."
 
 
 def _memory_row(option: Option, plan: Plan) -> str:

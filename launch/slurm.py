@@ -9,6 +9,7 @@ srun's exit code is no guide (143 when a rank asked for another try): the run fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launch import job, outcome
@@ -31,8 +33,13 @@ from shards.storage import write_atomic
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """Starts in a row that end at no newer checkpoint before a person is asked: a crash loop helps nobody."""
 
-FOLDER_PAUSES_S = (1.0, 3.0, 6.0)
-"""Together well within the 30 s (KillWait) that a job has after its time limit."""
+PAUSES_BEFORE_S = (5.0, 15.0, 40.0, 60.0, 120.0, 240.0)
+PAUSES_AFTER_S = (1.0, 3.0, 6.0)
+"""Between looks at files that are away. Those after the ranks are together well within the 30 s (KillWait) that a job
+has after its time limit.
+"""
+AWAY = (errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+"""What a file system says while its server fails over or cannot be reached."""
 
 NODES = "TUBELET_NODES"
 """Environment variable: how many nodes the job was submitted for, or the range its copy was."""
@@ -49,22 +56,26 @@ def main(arguments: Sequence[str]) -> int:
         # At the time limit, and when the job is requeued, Slurm sends TERM and some seconds later KILL: enough time.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         since, code, *rest = rest
-        return patiently_after(int(since), int(code), rest, os.environ)
+        return after(int(since), int(code), rest, os.environ)
     except UserError as error:
         _say(str(error))
         return outcome.PERSON_NEEDED
+    except OSError as error:
+        if error.errno not in AWAY:
+            raise
+        _say(f"{error.filename} still cannot be read ({error.strerror}): nothing can be decided without it")
+        return _queue_as_it_is(os.environ)
 
 
 def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
     """Lines for the batch script: the newest attempt, the prologue, then the words between `srun` and the ranks.
 
     Nothing if the job may not run on the nodes it got and has been replaced. Raises `UserError` for a config with
-    problems, before any rank starts, and where the STOP file is there.
+    problems, before any rank starts, and where the STOP file is there; `OSError` where files stay away.
     """
     if split_arguments(arguments)[0] not in arguments:
         _say(f"no config named: running {DEMO_CONFIG}; for yours: sbatch slurm/pretrain.sh CONFIG key=value …")
-    config = _config(arguments)
-    run_dir = Path(config.run.dir)
+    config, run_dir = _found(arguments, PAUSES_BEFORE_S)
     if _takes_stop(run_dir):
         raise UserError(f"{run_dir}/STOP was there, and is removed: nothing was started; to go on, submit again")
     exported = ["ALL"]
@@ -85,30 +96,12 @@ def before(arguments: Sequence[str], slurm: Mapping[str, str]) -> list[str]:
     return [start, config.launch.prologue.strip(), f"--export={','.join(exported)}", *options, *prefix]
 
 
-def patiently_after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
-    """`after`, asked again while the run folder cannot be read (ESTALE, EIO: a server of files fails over).
-
-    If it stays so, the job goes back into the queue: the next start may find it, or another node.
-    """
-    for pause_s in FOLDER_PAUSES_S:
-        try:
-            return after(since, code, arguments, slurm)
-        except OSError as error:
-            _say(f"the run folder cannot be read ({error}): asked again in {pause_s:g} s")
-            time.sleep(pause_s)
-    if int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS:
-        _say("the run folder cannot be read after several starts: have its file system mended, then submit again")
-        return outcome.PERSON_NEEDED
-    number = slurm.get("SLURM_JOB_ID", "")
-    if _is_ours_to_queue(job.facts_of(number)) and not job.requeue(number, None, _say):
-        _say("no copy was submitted: submit the same line again by hand")
-    return outcome.TRY_AGAIN
-
-
 def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, str]) -> int:
-    """Decide from the run folder what becomes of the job; returns the exit code of the batch script."""
-    config = _config(arguments)
-    run_dir = Path(config.run.dir)
+    """Decide from the run folder what becomes of the job; returns the exit code of the batch script.
+
+    Raises `OSError` where its files stay away.
+    """
+    config, run_dir = _found(arguments, PAUSES_AFTER_S)
     token = start_token(slurm)
     own = attempt_of(run_dir, token, since)
     ended = read_refusal(run_dir, token) if own is None else read_outcome(run_dir, own)
@@ -119,9 +112,8 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
     if _takes_stop(run_dir):
         _say(f"{run_dir}/STOP was there, and is removed: not queued again; to go on, submit again")
         return outcome.PERSON_NEEDED
-    if own is None:
-        _note_unborn(run_dir, token, code)
-    if _no_progress(run_dir, slurm):
+    is_noted = own is not None or _note_unborn(run_dir, token, code)
+    if _no_progress(run_dir, slurm, is_noted=is_noted):
         _note_asked(run_dir)
         _say(
             f"{MAX_STARTS_WITHOUT_PROGRESS} starts in a row reached no new checkpoint: not queued again. "
@@ -129,6 +121,38 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
         )
         return outcome.PERSON_NEEDED
     return _next(config, arguments, slurm)
+
+
+def _found(arguments: Sequence[str], pauses_s: Sequence[float]) -> tuple[Config, Path]:
+    """The config and the run folder, once both can be read; looked for again after each pause.
+
+    Raises `OSError` where they stay away. A run folder that is not there yet is an empty one.
+    """
+    for pause_s in (*pauses_s, None):
+        try:
+            config = _config(arguments)
+            run_dir = Path(config.run.dir)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.listdir(run_dir / "attempts")
+        except OSError as error:
+            if pause_s is None or error.errno not in AWAY:
+                raise
+            _say(f"{error.filename} cannot be read ({error.strerror}): looking again in {pause_s:g} s")
+            time.sleep(pause_s)
+        else:
+            return config, run_dir
+    raise AssertionError("the last look returns or raises")
+
+
+def _queue_as_it_is(slurm: Mapping[str, str]) -> int:
+    """The next start may find what this one could not read, on another node or later."""
+    number = slurm.get("SLURM_JOB_ID", "")
+    facts = job.facts_of(number)
+    if not _is_ours_to_queue(facts):
+        _say(_left_alone(number, facts))
+    elif not job.requeue(number, None, _say):
+        _say("submit the same line again by hand")
+    return outcome.TRY_AGAIN
 
 
 def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *, is_copy: bool = False) -> int:
@@ -139,9 +163,7 @@ def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *,
     run_dir, number = Path(config.run.dir), slurm.get("SLURM_JOB_ID", "")
     facts = job.facts_of(number)
     if not _is_ours_to_queue(facts):
-        _say(
-            f"job {number} was cancelled or is being ended by Slurm ({facts.get('JobState')}): nothing is done about it"
-        )
+        _say(_left_alone(number, facts))
         return outcome.TRY_AGAIN
     now = slurm.get(NODES) or slurm.get("SLURM_JOB_NUM_NODES") or facts.get("NumNodes", "1")
     before_that = job.hostnames(facts.get("ExcNodeList", ""))
@@ -153,19 +175,22 @@ def _next(config: Config, arguments: Sequence[str], slurm: Mapping[str, str], *,
     exclude = [*kept, *left_out]
     for node in set(exclude) - set(before_that):
         reasons = "; ".join(f"attempt {b.attempt}, {b.by}: {b.reason}" for b in left_out[node])
-        _say(f"{node} is excluded from now on: blamed {len(left_out[node])} times ({reasons})")
+        mended = f"once mended: touch {run_dir / FORGIVEN}"
+        _say(f"{node} is excluded from now on: blamed {len(left_out[node])} times ({reasons}); {mended}")
     changed = exclude if set(exclude) != set(before_that) else None
     if not is_copy and nodes == now and job.requeue(number, changed, _say):
         return outcome.TRY_AGAIN
     if nodes != now:
         _say(f"the copy of job {number} asks for {nodes} nodes instead of {now}")
     options = job.copy_options(slurm, facts, run_dir, nodes, exclude)
-    _say(f"a copy that follows job {number} is submitted")
     is_submitted, said = job.submit_copy(number, options, arguments, {NODES: nodes})
-    _say(said)
-    if not is_submitted:
-        _say("no copy was submitted: submit the same line again by hand")
+    _say(f"a copy follows job {number}: {said}" if is_submitted else f"{said}: submit the same line again by hand")
     return outcome.TRY_AGAIN
+
+
+def _left_alone(number: str, facts: Mapping[str, str]) -> str:
+    state = f"job {number} was cancelled or is being ended by Slurm ({facts.get('JobState')})"
+    return f"{state}: nothing is done about it; if nobody meant that, submit again"
 
 
 def _is_ours_to_queue(facts: Mapping[str, str]) -> bool:
@@ -206,14 +231,16 @@ def _config(arguments: Sequence[str]) -> Config:
     return load_config(config, [word for word in words if word != "--change"])
 
 
-def _note_unborn(run_dir: Path, token: str, code: int) -> None:
-    """A start that took no attempt leaves a file too, so that such starts can be counted."""
+def _note_unborn(run_dir: Path, token: str, code: int) -> bool:
+    """A start that took no attempt leaves a file too, so that such starts can be counted. False where it cannot."""
     try:
         (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
         note = json.dumps({"time": time.time(), "srun": code}).encode()
         write_atomic(run_dir / "attempts" / f"unborn-{token}.json", note + b"\n")
     except OSError as error:  # perhaps the very cause of it
         _say(f"{run_dir} cannot be written: {error.strerror}")
+        return False
+    return True
 
 
 def _takes_stop(run_dir: Path) -> bool:
@@ -236,9 +263,11 @@ def _note_asked(run_dir: Path) -> None:
         _say(f"{run_dir}/{outcome.ASKED} cannot be written: {error.strerror}")
 
 
-def _no_progress(run_dir: Path, slurm: Mapping[str, str]) -> bool:
-    """Whether the last starts all ended before a new checkpoint; no where the run folder cannot be read."""
-    if not os.access(run_dir / "attempts", os.W_OK):
+def _no_progress(run_dir: Path, slurm: Mapping[str, str], *, is_noted: bool) -> bool:
+    """Whether the last starts all ended before a new checkpoint; no where the run folder cannot be read. Slurm's own
+    count stands in where this start could leave no trace.
+    """
+    if not is_noted or not os.access(run_dir / "attempts", os.W_OK):
         return int(slurm.get("SLURM_RESTART_COUNT", "0")) + 1 >= MAX_STARTS_WITHOUT_PROGRESS
     try:
         return outcome.starts_without_progress(run_dir) >= MAX_STARTS_WITHOUT_PROGRESS

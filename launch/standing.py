@@ -60,6 +60,10 @@ class Standing:
     durable: Durable | None
     mirrored_step: int | None
     ended: Ended | None
+    refused: str
+    """Why a start after the newest attempt was refused; empty where none was."""
+    num_unborn: int
+    """Starts since the newest attempt that ended before they took a number."""
     quiet_s: float | None
     """Since the run last wrote anything."""
 
@@ -96,6 +100,8 @@ def read_standing(run_dir: Path) -> Standing:
         durable=durable,
         mirrored_step=max(mirrored, default=None),
         ended=ended,
+        refused=_refused(run_dir, number),
+        num_unborn=len(_since_attempt(run_dir, number, "unborn-*.json")),
         quiet_s=_quiet(run_dir, now),
     )
 
@@ -152,6 +158,19 @@ def _ended(run_dir: Path, number: int) -> Ended | None:
     if "outcome" not in row:
         return None
     return Ended(str(row["outcome"]), int(row.get("step", 0)), str(row.get("reason", "")), row.get("time"))
+
+
+def _refused(run_dir: Path, number: int) -> str:
+    found = _since_attempt(run_dir, number, "refused-*.json")
+    return str(read_json(found[-1]).get("reason", "")) if found else ""
+
+
+def _since_attempt(run_dir: Path, number: int, pattern: str) -> list[Path]:
+    """Files in attempts/ that are younger than the newest attempt's, the oldest first."""
+    begun = run_dir / "attempts" / f"{number:04d}.json"
+    since = begun.stat().st_mtime if begun.exists() else 0.0
+    times = {file: file.stat().st_mtime for file in (run_dir / "attempts").glob(pattern)}
+    return sorted((file for file, time_ in times.items() if time_ > since), key=times.__getitem__)
 
 
 def _quiet(run_dir: Path, now: float) -> float | None:

@@ -57,6 +57,11 @@ class Status:
             lines.append(f"starts       {s.attempt}{ranks}; restarts {s.attempt - 1}")
         if s.ended is not None:
             lines.append(f"last outcome {s.ended.outcome} at step {s.ended.step:,}: {s.ended.reason}")
+        if s.refused:
+            lines.append(f"refused      {s.refused}")
+        if s.num_unborn:
+            starts = "a start" if s.num_unborn == 1 else f"{s.num_unborn} starts"
+            lines.append(f"since then   {starts} ended before taking a number: see {self._log()}")
         for node, reasons in self.blamed.items():
             left_out = " (excluded)" if node in self.excluded else f" (excluded from {BLAMES_TO_EXCLUDE} on)"
             lines.append(
@@ -83,6 +88,8 @@ class Status:
             if s.durable is None
             else {"step": s.durable.step, "age_s": s.durable.age_s, "folder": str(s.durable.folder)},
             "mirrored_step": s.mirrored_step,
+            "refused": s.refused or None,
+            "unborn": s.num_unborn,
             "last_outcome": None if s.ended is None else asdict(s.ended),
             "quiet_s": s.quiet_s,
             "blamed": self.blamed,
@@ -95,9 +102,20 @@ class Status:
             return f"running, but silent for {duration(s.quiet_s)}"
         if self.state == "silent":
             return f"dead or on another machine: no outcome, and nothing written for {duration(s.quiet_s or 0)}"
-        if self.state == "ended" and s.ended is not None:
-            return "needs a person" if s.ended.outcome == "person" else "not running; the same command goes on"
-        return self.state
+        if self._needs_person():
+            return "needs a person"
+        return "not running; the same command goes on" if self.state == "ended" else self.state
+
+    def _needs_person(self) -> bool:
+        """Of a run that does not run: it asked for one, or its newest start was refused."""
+        s = self.standing
+        is_asked = s.ended is not None and s.ended.outcome == "person"
+        return self.state in ("ended", "silent", "never started") and (is_asked or bool(s.refused))
+
+    def _log(self) -> str:
+        """Where the newest start wrote."""
+        logs = sorted(self.run_dir.glob("logs/slurm-*.log"), key=lambda log: log.stat().st_mtime)
+        return shlex.quote(str(logs[-1] if logs else self.run_dir / "logs" / "rank-0.log"))
 
     def _job_line(self) -> str:
         if self.job is None:
@@ -112,9 +130,13 @@ class Status:
             return hint("report", self.run_dir)
         if self.state in ("running", "queued"):
             return hint("status", self.run_dir) if not self.standing.attempt else hint("report", self.run_dir)
+        if self._needs_person():
+            return f"next: less {self._log()}"
         if self.state == "never started":
             return "next: tubelet submit CONFIG run.dir=" + run
-        return hint("audit", self.run_dir) if self.standing.durable else f"next: less {run}/logs/rank-0.log"
+        if self.standing.durable:
+            return "next: the line that started it, `tubelet submit …` or `tubelet pretrain …`"
+        return f"next: less {self._log()}"
 
 
 def status(run_dir: Path) -> Status:
@@ -160,6 +182,8 @@ def _state(standing: Standing, jobs: list[Queued]) -> str:
         return "never started"
     if standing.ended is not None:
         return "ended"
+    if not standing.start:  # torchrun and deepspeed leave no mark on their processes
+        return "running" if standing.quiet_s is not None and standing.quiet_s < QUIET_S else "silent"
     return "running" if is_here(standing.start) else "silent"
 
 

@@ -103,10 +103,13 @@ def submit(
             f"cluster, or on one machine use `tubelet pretrain {shlex.quote(str(config_file))}`"
         )
     if jobs := jobs_of(run_dir, newest_start(run_dir)):
+        run = shlex.quote(str(run_dir))
         raise UserError(
             f"{run_dir} has job {jobs[0].id} already ({jobs[0].state}); a run has one job at a time: see it with "
-            f"`tubelet status {shlex.quote(str(run_dir))}`, end it with `scancel {jobs[0].id}`"
+            f"`tubelet status {run}`, end it with `touch {run}/STOP`, which saves, or `scancel {jobs[0].id}`"
         )
+    if (run_dir / "STOP").exists():
+        raise UserError(f"{run_dir}/STOP is there; the job would end at its start: remove it, then submit")
     if not (ROOT / SCRIPT).is_file():
         raise UserError(
             f"{ROOT / SCRIPT} is missing; submit needs the project folder: install it with pip install -e ."
@@ -124,7 +127,10 @@ def _submit(
     done = subprocess.run(command, env=_environment(code, wanted), capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(code)
-        raise UserError(f"sbatch refused ({done.stderr.strip()}); this was the line: {shlex.join(command)}")
+        raise UserError(
+            f"sbatch refused ({done.stderr.strip()}): change --nodes, --time, --partition or --sbatch; the line was: "
+            f"{shlex.join(command)}"
+        )
     job = done.stdout.strip().partition(";")[0]
     note(code, {"job": job, "command": command})
     return Submitted(job, tuple(command), run_dir, code, revision(), settings)

@@ -313,7 +313,8 @@ def none_whole(run_dir: Path, problems: Sequence[str]) -> UserError:
     listed = "\n  ".join(problems)
     return UserError(
         f"run.dir is {run_dir}; it has checkpoints and none of them is whole:\n  {listed}\n"
-        "restore one of these files, or start anew in another folder: run.dir=NEW"
+        "restore one of these files; or, with checkpoint.mirror, move its folder checkpoints/ away, and it is filled "
+        "from there; or start anew in another folder: run.dir=NEW"
     )
 
 

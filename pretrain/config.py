@@ -77,17 +77,20 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise UserError(f"config {file} cannot be read ({reason}); give the path of a YAML file") from error
     try:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"config {file} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config {file} is not valid YAML: {' '.join(str(error).split())}: mend that line") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise UserError(f"config {file} holds a {type(loaded).__name__}; it must hold sections (run:, data:, …)")
+        raise UserError(
+            f"config {file} holds a {type(loaded).__name__}; it must hold sections (run:, data:, …): "
+            "see configs/laptop.yaml"
+        )
     return cast(dict[str, Any], loaded)
 
 

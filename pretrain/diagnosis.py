@@ -246,7 +246,11 @@ def memory(answers: Answers, places: Places, need: Memory) -> Check:
     if failed is not None:
         return failed
     found = _good(answers)
-    remedy = "raise zero.stage, lower train.micro_batch, set train.activation_checkpointing=true: see `tubelet plan`"
+    is_card = all(answer["is_card"] for answer in found.values())
+    more = "" if is_card else "raise the job's --mem, use more ranks on more machines, "
+    remedy = (
+        f"{more}raise zero.stage, lower train.micro_batch, set train.activation_checkpointing=true: see `tubelet plan`"
+    )
     tightest = min(found, key=lambda rank: found[rank]["total_bytes"])
     card = found[tightest]
     # Without a card there is one memory for everything, and no CUDA that wants a part of it.
@@ -267,7 +271,7 @@ def memory(answers: Answers, places: Places, need: Memory) -> Check:
             "memory",
             "fail",
             f"{kept}; {has}",
-            "raise the job's --mem, use more ranks, or set zero.offload=false",
+            "raise the job's --mem, or use more ranks" + ", or set zero.offload=false" * (need.states.host > 0),
         )
     used = [rank for rank, answer in found.items() if answer["free_bytes"] < FREE_AT_START * answer["total_bytes"]]
     if used:

@@ -168,7 +168,10 @@ def refuse_other_data(run_dir: Path, config: Config) -> list[Manifest]:
             f"run.dir=NEW train.init_from={run_dir}"
         )
     if facts.step > config.train.steps:
-        raise UserError(f"train.steps is {config.train.steps}; {run_dir} is at step {facts.step}: ask for more steps")
+        raise UserError(
+            f"train.steps is {config.train.steps}; it must be at least {facts.step}, the step of {run_dir}: set more, "
+            "with --change"
+        )
     return manifests
 
 
@@ -189,7 +192,10 @@ def compare(facts: Facts, config: Config, run_dir: Path, *, allow_change: bool) 
     """
     saved, found = parse(facts.config)
     if saved is None:
-        raise UserError(f"the config in the checkpoint of step {facts.step} is not readable: {'; '.join(found)}")
+        raise UserError(
+            f"the config in the checkpoint of step {facts.step} is not readable ({'; '.join(found)}): use the tubelet "
+            "that wrote it"
+        )
     recorded: list[str] = []
     refused: list[str] = []
     for key, old, new, rule in differences(saved, config):
@@ -220,7 +226,8 @@ def load_initial(model: torch.nn.Module, path: Path) -> list[str]:
     ]
     if wrong:
         raise UserError(
-            f"train.init_from is {path}; it must fit model.size and data: {wrong[0]} (and {len(wrong) - 1} more)"
+            f"train.init_from is {path}; it must fit model.size and data, and {len(wrong)} weights do not, the first: "
+            f"{wrong[0]}: name another folder, or use the model.size and data.* of that run"
         )
     if not any(name in tensors for name in wanted):
         raise UserError(f"train.init_from is {path}; it has no weight of this model: check the folder and model.size")

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 TUBELET_FRAMES = 2
 PATCH_PIXELS = 16
-_ASSIGNED = re.compile(r"\b([A-Za-z_]\w*)=(?![$`\s]|[\"'][$`]|$)")
-"""A variable that a line of shell gives a value, and not that of another variable or of a command."""
-_SECRET = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "CREDENTIALS"}
-_PLACES = {"FILE", "PATH", "DIR"}
+_ASSIGNED = re.compile(
+    r"""(?:^|[\s;&|(])([A-Za-z_]\w*)=     # a variable that a line of shell gives a value
+    (?!["']?(?:\$\(|`|\$\w|\$\{\w+\}))  # not that of a command or of another variable
+    (?!["']{2}|[~/\s;]|$)               # and not an empty one or a path
+    """,
+    re.VERBOSE,
+)
+_SECRET = ("_KEY", "APIKEY", "SECRETKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "_PWD", "_PASS", "CREDENTIALS")
+"""How the names of variables end that hold a secret."""
 
 
 def problems_of(config: Config) -> Iterator[str]:
@@ -83,8 +88,7 @@ def _prologue_problems(config: Config) -> Iterator[str]:
     if "\n" in config.launch.prologue.strip():
         yield "launch.prologue has several lines; it must be one: put them into a FILE, and use: . FILE"
     for name in _ASSIGNED.findall(config.launch.prologue):
-        words = name.upper().split("_")
-        if _SECRET & set(words) and words[-1] not in _PLACES:
+        if name.upper().endswith(_SECRET):
             yield (
                 f"launch.prologue sets {name}; it must hold no secret, for the run folder keeps it: put the line "
                 "into a FILE that only you can read, and use: . FILE"

@@ -34,7 +34,10 @@ from pretrain.world import World
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+BLOCK_NUMEL = 1 << 26
+"""Copies share blocks of 256 MiB: torch rounds what it pins up to a power of two, up to twice of many small pieces."""
 _NO_NEWS = (0, 0, 0)
+_NONE = torch.empty(0)
 
 Slices = Iterable[tuple[str, str, int, Tensor]]
 
@@ -142,10 +145,17 @@ class Saver:
 
     def reserve(self, slices: Slices) -> None:
         """Take the host memory that saves copy into, before training starts: the first would wait for its pages."""
-        for name, state, offset, values_K in slices:
-            key = name, state, offset
-            if key not in self._buffers or self._buffers[key].numel() != values_K.numel():
-                self._buffers[key] = torch.zeros(values_K.numel(), pin_memory=values_K.is_cuda)
+        missing = [
+            ((name, state, offset), values_K.numel(), values_K.is_cuda)
+            for name, state, offset, values_K in slices
+            if self._buffers.get((name, state, offset), _NONE).numel() != values_K.numel()
+        ]
+        left, block_K, used = sum(numel for _, numel, _ in missing), _NONE, 0
+        for key, numel, is_cuda in missing:
+            if used + numel > block_K.numel():
+                block_K, used = torch.zeros(max(numel, min(left, BLOCK_NUMEL)), pin_memory=is_cuda), 0
+            self._buffers[key] = block_K[used : used + numel]
+            used, left = used + numel, left - numel
 
     def _copy(self, slices: Slices) -> list[tuple[str, str, int, Tensor]]:
         """Into host memory that is kept from save to save."""

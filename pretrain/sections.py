@@ -1,6 +1,6 @@
 """The sections of a config, one per component: which keys there are, their types, defaults and meaning.
 
-A component is handed its own section and nothing else. Rules between keys, reading and comparing: `config.py`.
+A component is handed its own section and nothing else. Rules between keys: `rules.py`; the rest: `config.py`.
 """
 
 from __future__ import annotations

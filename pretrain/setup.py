@@ -297,7 +297,8 @@ def _make_run_folder(run_dir: Path) -> None:
             (run_dir / name).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"run.dir is {run_dir}; it must be a folder that can be written ({error.strerror}): set run.dir=ELSEWHERE"
+            f"run.dir is {run_dir}; it must be a folder that can be written ({error.strerror}): make room (df -h, "
+            "quota) or have it mended; only a new run may take run.dir=ELSEWHERE"
         ) from error
 
 

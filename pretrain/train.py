@@ -185,11 +185,13 @@ class Trainer:
             decisions, first = self.recovery.decisions, verdict.first
             to = self.recovery.step_before(first)
             if to is None:
-                return Outcome("person", done, f"{verdict.reason}, and no checkpoint is whole to go back to; see logs/")
+                none = "and no checkpoint is whole to go back to"
+                remedy = "see logs/, restore a checkpoint from a backup or from checkpoint.mirror"
+                return Outcome("person", done, f"{verdict.reason}, {none}: {remedy}")
             if len(decisions.rollbacks) >= self.config.failure.max_rollbacks:
                 report = f"{verdict.reason}, and the run was rolled back {len(decisions.rollbacks)} times before"
                 told = f" ({describe(decisions.rollbacks)})" if decisions.rollbacks else ""
-                remedy = "lower optim.lr, set train.clip_norm or use train.precision=fp32 in a new run"
+                remedy = "go on with a lower optim.lr (--change) or a higher failure.max_rollbacks, or start a new run"
                 return Outcome(
                     "person", done, f"{report}{told}: look at its samples in journal/decisions.jsonl; {remedy}"
                 )
@@ -262,15 +264,19 @@ class Trainer:
         saver = self.recovery.saver
         if stop is Stop.UNWRITABLE:
             return Outcome(
-                "failed", done, "the ledger cannot be written: what came after the last commit does not count"
+                "failed",
+                done,
+                f"the ledger cannot be written, and what came after the last commit does not count: make room in "
+                f"{self.config.run.dir} (df -h, quota), then start again",
             )
         if saver.newest_step != done:
             self.recovery.begin_save(done)
             self.rounds.finish_save()
             self.tell_saves()
         if saver.newest_step != done:
-            minutes = f"{saver.age_s / 60:.0f} minutes old" if saver.newest_step else "that of no step"
-            return Outcome("failed", done, f"no save works any more: the newest checkpoint is {minutes}; see logs/")
+            age = f"the newest checkpoint, or this start, is {saver.age_s / 60:.0f} minutes old"
+            remedy = f"make room in {self.config.run.dir} (df -h, quota), then start again"
+            return Outcome("failed", done, f"no save works any more; {age}: {remedy}")
         if done == self.config.train.steps:
             return Outcome("finished", done, f"all {done} steps are done")
         if stop is Stop.UNSAVED:

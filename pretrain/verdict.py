@@ -10,7 +10,7 @@ from typing import Any
 EXACT, VIOLATED, EXACT_BUT_LISTED = 0, 1, 3
 NUM_SHOWN = 8
 
-_COUNTS = ("clips", "rows", "epochs", "segments", "commits", "withheld")
+_COUNTS = ("clips", "rows", "epochs", "segments", "commits", "withheld", "attempts")
 _KINDS = {
     "lineage": "the chain of commits is broken",
     "journal": "the journal cannot be read",
@@ -69,7 +69,7 @@ class Findings:
     def result(self, num_steps: int, num_clips: int, num_samples: int) -> AuditResult:
         """The verdict on so many steps, the clips that were due in them, and a data set of so many samples."""
         counts = self.counts
-        counts.update(attempts=0, substituted=self.substituted.total())
+        counts.update(substituted=self.substituted.total())
         counts.update({f"wrong_{kind}": num for kind, num in self._num_wrong.items()})
         has_list = bool(self.substituted or counts["withheld"])
         code = VIOLATED if self._num_wrong else EXACT_BUT_LISTED if has_list else EXACT

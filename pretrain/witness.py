@@ -38,5 +38,6 @@ def config_of(found: checkpoint.Checkpoint) -> Config:
     """The config a checkpoint was trained with."""
     config, problems = parse(found.facts.config)
     if config is None:
-        raise UserError(f"the config in {found.folder} is not readable: {'; '.join(problems)}")
+        told = "; ".join(problems)
+        raise UserError(f"the config in {found.folder} is not readable ({told}): use the tubelet that wrote it")
     return config

@@ -27,6 +27,9 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"                                
 
 before=$(python -m launch.slurm before "$@") || exit
 mapfile -t step <<<"$before" # the newest attempt, the prologue, words of srun
-eval "${step[1]}" || { echo "tubelet: launch.prologue failed" >&2 && exit 93; }
+eval "${step[1]}" || {
+  echo "tubelet: launch.prologue failed: try it in a shell on $(hostname), then submit again" >&2
+  exit 93
+}
 srun --kill-on-bad-exit=1 --wait=300 "${step[@]:2}" python -m launch.node "$@"
 exec python -m launch.slurm after "${step[0]}" "$?" "$@"

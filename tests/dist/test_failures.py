@@ -141,7 +141,7 @@ def test_three_roll_backs_ask_a_person(tmp_path: Path, packed: Path) -> None:
     outcome = outcome_of(tmp_path)
     assert outcome.outcome == "person"
     assert "rolled back 2 times before (at step 4 back to 3, over 3 to 3" in outcome.reason
-    assert "lower optim.lr" in outcome.reason
+    assert "a lower optim.lr" in outcome.reason
     assert newest_facts_step(tmp_path / "run") <= 5
 
 

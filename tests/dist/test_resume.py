@@ -96,7 +96,7 @@ def test_numbers_that_blow_up_are_never_saved_and_ask_a_person(half: Path, tmp_p
     words = ("optim.lr=1e30", "train.steps=20", "checkpoint.every_steps=1", "failure.max_rollbacks=0")
     output = fail(half, f"run.dir={tmp_path / 'run'}", *words)
     assert "was not applied: not finite" in output
-    assert "lower optim.lr" in output
+    assert "a lower optim.lr" in output
     found = newest(tmp_path / "run")
     if found is not None:
         shapes = found.facts.shapes

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -435,44 +436,107 @@ def test_where_requeue_is_forbidden_a_copy_follows(run: Run, programs: Programs)
 
 def test_a_copy_has_every_option_that_the_job_was_submitted_with(run: Run) -> None:
     """The command line may ask for cards in several ways; `submit --sbatch` passes on what nothing here knows."""
-    facts = {"TresPerJob": "gres:gpu:h100:16", "TresPerTask": "gres/gpu:1", "OverSubscribe": "NO", "NumNodes": "2"}
-    more = {job.MORE: shlex.join(["--switches=1", "--mail-user=two words", "--begin=22:00", "--nodes=9", "-H"])}
-    options = job.copy_options(JOB | more, facts, run.dir, "2", [])
-    assert options[:3] == ["--switches=1", "--mail-user=two words", "--nodes=9"]
-    assert "--nodes=2" in options[3:], "the last one counts"
+    facts = {
+        "TresPerJob": "gres:gpu:h100:16",
+        "TresPerTask": "cpu=8,gres/gpu=1",
+        "OverSubscribe": "NO",
+        "NumNodes": "2",
+    }
+    words = [
+        "--switches=1",
+        "--mail-user=two words",
+        "--begin=22:00",
+        "-b",
+        "22:00",
+        "-C",
+        "a100",
+        "-H",
+        "--wait-all=1",
+    ]
+    options = job.copy_options(JOB | {job.MORE: shlex.join([*words, "--nodes=9"])}, facts, run.dir, "2", [])
+    assert options[:5] == ["--switches=1", "--mail-user=two words", "-C", "a100", "--wait-all=1"]
+    assert [option for option in options if "nodes" in option] == ["--nodes=2"]
     assert options[-3:] == ["--gpus=h100:16", "--gpus-per-task=1", "--exclusive"]
 
 
-def test_a_run_folder_that_hangs_up_is_asked_again(
+def test_a_copy_on_fewer_nodes_asks_for_fewer_cards(run: Run) -> None:
+    facts = {"TresPerJob": "gres:gpu:16", "NumNodes": "2"}
+    assert "--gpus-per-node=8" in job.copy_options(JOB, facts, run.dir, "1-2", ["node1"])
+
+
+def test_a_copy_asks_for_the_nodes_that_were_named(run: Run, programs: Programs) -> None:
+    facts = {"ReqNodeList": "node0,node1", "NumNodes": "2"}
+    assert "--nodelist=node0,node1" in job.copy_options(JOB, facts, run.dir, "2", [])
+    assert not [word for word in job.copy_options(JOB, facts, run.dir, "2", ["node1"]) if "nodelist" in word]
+
+
+def stale(times: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The run folder cannot be listed so many times; the pauses that were made."""
+    pauses, left, original = list[float](), [times], os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return original(path)
+
+    monkeypatch.setattr(slurm.os, "listdir", listdir)
+    monkeypatch.setattr(slurm.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_run_folder_that_hangs_up_is_looked_at_again(
     run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "I/O error"), 0]
-
-    def stale(*_: object) -> int | None:
-        answer = answers.pop(0)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer or None
-
-    monkeypatch.setattr(slurm, "attempt_of", stale)
-    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
-    assert slurm.patiently_after(0, 143, run.arguments, JOB) == 75
-    assert capsys.readouterr().err.count("cannot be read") == 2
-    assert ["requeue", "12"] in programs.calls("scontrol")
+    run.attempt(1, "finished")
+    (run.dir / "DONE").touch()
+    pauses = stale(3, monkeypatch)
+    assert slurm.after(0, 143, run.arguments, JOB) == 0
+    assert pauses == list(slurm.PAUSES_AFTER_S)
+    assert capsys.readouterr().err.count("attempts cannot be read (Stale file handle): looking again in") == 3
+    stale(2, monkeypatch)
+    assert slurm.before(run.arguments, {})[0] == "1"
 
 
-def test_a_run_folder_that_stays_away_does_not_end_the_job(
-    run: Run, programs: Programs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_config_that_hangs_up_is_looked_at_again(
+    run: Run, programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stale(*_: object) -> int:
-        raise OSError(errno.ESTALE, "Stale file handle")
+    """`submit` keeps it in the run folder."""
+    config, original, asked = tmp_path / "config.yaml", Path.read_text, list[Path]()
+    config.write_text(Path(CONFIG).read_text())
 
-    monkeypatch.setattr(slurm, "attempt_of", stale)
+    def read_text(file: Path, *words: Any) -> str:
+        asked.append(file)
+        if file == config and asked.count(file) < 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return original(file, *words)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
-    assert slurm.patiently_after(0, 143, run.arguments, JOB) == 75
+    assert slurm.before([str(config), f"run.dir={run.dir}"], {})[0] == "0"
+
+
+@pytest.mark.parametrize("verb", [["before"], ["after", "0", "143"]])
+def test_a_run_folder_that_stays_away_ends_no_job(
+    run: Run,
+    programs: Programs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: list[str],
+) -> None:
+    """However often it was requeued before: the next start may find it, on another node or later."""
+    for name, value in (JOB | {"SLURM_RESTART_COUNT": "9"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stale(99, monkeypatch)
+    assert slurm.main([*verb, *run.arguments]) == 75
     assert ["requeue", "12"] in programs.calls("scontrol")
-    assert slurm.patiently_after(0, 143, run.arguments, JOB | {"SLURM_RESTART_COUNT": "2"}) == 93
-    assert "have its file system mended" in capsys.readouterr().err
+    programs.answer(state="CANCELLED")
+    assert slurm.main([*verb, *run.arguments]) == 75
+    assert programs.calls("scontrol").count(["requeue", "12"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "was cancelled" in said.err
 
 
 def test_where_nothing_works_it_says_what_to_do(

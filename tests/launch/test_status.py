@@ -122,6 +122,34 @@ def test_without_slurm(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert status(run.dir).state == "finished"
 
 
+def test_starts_that_came_to_nothing_are_told(run: Run, queue: Path) -> None:
+    """What a job that ended with 93 said before it took a number; and starts that died before that."""
+    refused = run.write("attempts/refused-slurm-9.0.json", '{"reason": "optim.lr is 0", "time": 1.0}')
+    found = status(run.dir)
+    assert found.lines()[0].endswith("needs a person")
+    assert "refused      optim.lr is 0" in found.lines()
+    assert found.to_json()["refused"] == "optim.lr is 0"
+    run.attempt(1)
+    os.utime(refused, (NOW - 3600, NOW - 3600))
+    unborn = run.write("attempts/unborn-slurm-9.1.json", "{}")
+    os.utime(unborn, (NOW + 60, NOW + 60))
+    log = run.write("logs/slurm-9.log", "no room")
+    found = status(run.dir)
+    assert not found.standing.refused
+    assert f"since then   a start ended before taking a number: see '{log}'" in found.lines()
+
+
+def test_a_start_without_a_mark_lives_by_its_signs(run: Run, queue: Path) -> None:
+    """torchrun and deepspeed set no TUBELET_START."""
+    run.attempt(1)
+    begun = run.dir / "attempts" / "0001.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"start": ""}))
+    assert status(run.dir).state == "running"
+    for file in (run.dir / "metrics.jsonl", *(run.dir / "attempts").iterdir()):
+        os.utime(file, (NOW - 2 * QUIET_S, NOW - 2 * QUIET_S))
+    assert status(run.dir).state == "silent"
+
+
 def test_who_is_to_blame(run: Run, queue: Path) -> None:
     run.attempt(1)
     run.outcome(1, "failed", blamed=[1, 7])

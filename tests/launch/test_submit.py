@@ -114,6 +114,11 @@ def test_what_cannot_be_submitted(
         submit(config, [], Wanted(nodes=2, gpus=8))
     with pytest.raises(UserError, match="must be bare"):
         submit(config, ["data.eval_shards=s3://key:secret@host/films"], Wanted())
+    run.mkdir(exist_ok=True)
+    (run / "STOP").touch()
+    with pytest.raises(UserError, match="STOP is there; the job would end at its start: remove it"):
+        submit(config, [], Wanted())
+    (run / "STOP").unlink()
     cluster.program("sbatch", "echo invalid partition >&2; exit 1")
     with pytest.raises(UserError, match=r"sbatch refused \(invalid partition\)"):
         submit(config, [], Wanted())

@@ -160,9 +160,11 @@ def test_what_is_no_config_is_said_in_one_line(tmp_path: Path, text: str) -> Non
     ("line", "name"),
     [
         ("module load cuda", ""),
-        (". ~/.secrets", ""),
+        (". ~/.secrets; curl -s https://host/path?token=abc", ""),
         ("export HF_TOKEN=$(cat ~/token) WANDB_API_KEY=$KEY AWS_PROFILE=me", ""),
-        ("export MONKEYS=3 AWS_SHARED_CREDENTIALS_FILE=/x", ""),
+        ("export MONKEY=3 AWS_SHARED_CREDENTIALS_FILE=x SSH_KEY=~/.ssh/id WANDB_API_KEY='' A_TOKEN=; true", ""),
+        ("export PGPASSWORD=canary", "PGPASSWORD"),
+        ('export HF_TOKEN="${HF_TOKEN:-canary}"', "HF_TOKEN"),
         ("export AWS_SECRET_ACCESS_KEY=canary", "AWS_SECRET_ACCESS_KEY"),
         ("module load cuda; export hf_token='canary'", "hf_token"),
     ],

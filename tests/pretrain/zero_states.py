@@ -54,7 +54,7 @@ def storages(*roots: Any) -> Held:
 def held(engine: Any) -> dict[str, Held]:
     """What the engine holds by category; a storage counts where it is found first."""
     sharded, parameters = engine.states._sharded, list(engine.module.parameters())
-    flats = engine._flat_states()
+    flats = engine.states._flat_states()
     roots: dict[str, list[Any]] = {
         "parameters": [*parameters, *(getattr(p, "ds_tensor", None) for p in parameters)],
         "optimizer": [*flats, *(state for flat in flats for state in engine.states._optimizer.state[flat].values())],

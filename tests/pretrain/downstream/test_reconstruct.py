@@ -46,9 +46,12 @@ def test_original_masked_and_filled_in_stand_side_by_side(exported: Path, tmp_pa
 def test_seed_decides_the_masks(exported: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         reconstruct(exported, CITY, tmp_path / f"{name}.mp4", seed=seed, max_windows=1)
-    first, second, third = (np.stack(read(tmp_path / f"{name}.mp4")) for name in "abc")
-    assert (first == second).all()
-    assert (first != third).any()
+    first, second, third = (np.stack(read(tmp_path / f"{name}.mp4")).astype(float) for name in "abc")
+    hidden = [(np.abs(shown[:, :, 64 + GAP : 128 + GAP] - 128) < 8).all(-1) for shown in (first, second, third)]
+    assert (hidden[0] != hidden[1]).mean() < 0.01  # the codec may turn a pixel at an edge
+    assert (hidden[0] != hidden[2]).mean() > 0.1
+    # A processor may add up in another order the next time, and the codec makes a grey level or two of it.
+    assert np.abs(first - second).mean() < 1 < np.abs(first - third).mean()
 
 
 def test_what_cannot_be_shown_is_named(exported: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def kill_after_checkpoint(words: Sequence[object]) -> int:
             if process.poll() is not None:
                 fail(words, process.returncode or 1)
             if time.monotonic() > deadline_s:
-                raise UserError(f"no checkpoint within {START_LIMIT_S:g} s; see {RUN}/logs")
+                raise UserError(f"no checkpoint within {START_LIMIT_S:g} s: mend what {RUN}/logs says, then make demo")
             time.sleep(0.05)
     finally:
         if process.poll() is None:

@@ -121,7 +121,7 @@ def refuse_superseded(run_dir: Path, attempt: int) -> None:
     if newest > attempt:
         raise Superseded(
             f"attempt {attempt} of {run_dir} found attempt {newest} at work; one run has one live attempt: "
-            "this one stops, nothing of the newer one was touched"
+            f"this one stops, nothing of the newer one was touched: see `tubelet status {run_dir}`"
         )
 
 

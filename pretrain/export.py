@@ -170,7 +170,9 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     try:
         return Geometry(SIZES[model["size"]], int(data["frames"]), int(data["size"]), int(data["stride"]))
     except KeyError as error:
-        raise UserError(f"the checkpoint's config lacks or does not know {error}; export needs it") from error
+        raise UserError(
+            f"the checkpoint's config lacks or does not know {error}: use the tubelet that wrote it"
+        ) from error
 
 
 def model_settings(geometry: Geometry, architecture: str) -> dict[str, Any]:

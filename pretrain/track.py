@@ -240,7 +240,9 @@ def rebuild_wandb(run_dir: Path) -> str:
     """
     rows = [row for row in read_metrics(run_dir) if row["step"] <= committed_step(run_dir) or row["kind"] == "event"]
     if not any(row["kind"] not in ("start", "event") for row in rows):
-        raise UserError(f"{run_dir} has no metrics that a checkpoint covers; wandb gets those after the first save")
+        raise UserError(
+            f"{run_dir} has no metrics that a checkpoint covers: train until checkpoint.every_steps, then again"
+        )
     config = read_config(run_dir)
     section = {
         name: value for name, value in dict(config.get("track") or {}).items() if name in TrackConfig.model_fields
@@ -254,7 +256,7 @@ def rebuild_wandb(run_dir: Path) -> str:
     run.close()
     if run.num_failures or not sync_line(run_dir):
         raise UserError(
-            f"wandb could not write its file in {run_dir / 'wandb'} (see above); {len(set_aside)} older "
-            "ones lie in wandb/set-aside"
+            f"wandb could not write its file in {run_dir / 'wandb'}: mend what it says above, then again; "
+            f"{len(set_aside)} older ones lie in wandb/set-aside"
         )
     return sync_line(run_dir)

@@ -319,7 +319,8 @@ class ClipLoader:
             return future.result(self._wait_limit_s)
         except TimeoutError as error:
             raise TimeoutError(
-                f"no clip came within limits.wait_limit_s ({self._wait_limit_s:g} s): is the storage answering?"
+                f"no clip came within limits.wait_limit_s ({self._wait_limit_s:g} s): look at the storage with "
+                "`tubelet doctor CONFIG`, or raise the limit"
             ) from error
 
     def _assemble(self, micro: _MicroBatch) -> ClipBatch:

@@ -239,7 +239,10 @@ class _DecodeProcess:
         if code < 0 or self._is_closed:
             raise self._died(code)
         command = " ".join(arguments)
-        raise UserError(f"a decode worker did not start (exit code {code}, its message is above): {command}")
+        raise UserError(
+            f"a decode worker did not start (exit code {code}, its message is above): mend what it says; "
+            f"it was {command}"
+        )
 
     def _died(self, code: int) -> Exception:
         return PoolClosedError() if self._is_closed else _DecoderDiedError(f"exit code {code}")

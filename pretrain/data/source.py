@@ -91,6 +91,8 @@ def check_fit(
                 f"({data.clips_per_video}): the clips of a video stay together"
             )
     if has_cursor and world_size > global_batch:
-        problems.append(f"there are {world_size} ranks; train.global_batch ({global_batch}) must be at least that")
+        problems.append(
+            f"train.global_batch is {global_batch}; it must be at least the number of ranks, {world_size}: start fewer"
+        )
     if problems:
         raise UserError("\n".join(problems))

@@ -92,7 +92,9 @@ def reconstruct(
     """
     exported = load_export(export)
     if exported.decoder is None:
-        raise UserError(f"{export} has no decoder, as its run had no masked_frame objective: nothing can be filled in")
+        raise UserError(
+            f"{export} has no decoder, as its run had no masked_frame objective: give the export of a run that had one"
+        )
     ratio = mask_ratio or float(exported.provenance.get("mask_ratio") or MASK_RATIO)
     num_shown = visible_cells(exported.geometry.grid.cells, ratio)
     if not 0 < num_shown < exported.geometry.grid.cells:

@@ -132,7 +132,7 @@ def test_starts_that_came_to_nothing_are_told(run: Run, queue: Path) -> None:
     run.attempt(1)
     os.utime(refused, (NOW - 3600, NOW - 3600))
     unborn = run.write("attempts/unborn-slurm-9.1.json", "{}")
-    os.utime(unborn, (NOW + 60, NOW + 60))
+    os.utime(unborn, (time.time() + 60, time.time() + 60))
     log = run.write("logs/slurm-9.log", "no room")
     found = status(run.dir)
     assert not found.standing.refused

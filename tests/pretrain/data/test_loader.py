@@ -681,7 +681,7 @@ def test_settings_that_cannot_work_are_named(data: Data) -> None:
         ClipLoader(data(clips_per_video=2), seed=0, global_batch=5)
     with pytest.raises(UserError, match=r"micro_batch is 3"):
         ClipLoader(data(clips_per_video=2), seed=0, global_batch=6, micro_batch=3, world_size=2)
-    with pytest.raises(UserError, match=r"9 ranks"):
+    with pytest.raises(UserError, match=r"number of ranks, 9"):
         ClipLoader(data(), seed=0, global_batch=6, world_size=9)
     with pytest.raises(UserError, match="no split 'nothing'"):
         ClipLoader(data(split="nothing"), seed=0, global_batch=6)

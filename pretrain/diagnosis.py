@@ -85,6 +85,10 @@ def config(problem: str) -> Check:
     """Whether the run folder would take this config; `problem` says why not."""
     if not problem:
         return Check("config", "ok", "fits the data and what is in the run folder")
+    if NO_END in problem:
+        return Check(
+            "config", "fail", problem, "data.shards or run.dir does not answer: look at the store or the mount"
+        )
     what, colon, remedy = problem.rpartition(": ")
     return Check("config", "fail", what if colon else problem, remedy if colon else "change the config or run.dir")
 
@@ -191,7 +195,7 @@ def all_reduce(answers: Answers, places: Places, *, gradient_bytes: int, step_s:
 
 def shards(answers: Answers, places: Places, *, per_step: int, step_s: float | None, bad_limit: float) -> Check:
     """Samples can be read, are what was packed, and come fast enough for `per_step` videos each `step_s` seconds."""
-    remedy = "run `tubelet verify` on data.shards; mount or copy it on every node"
+    remedy = "run `tubelet verify` on data.shards; every node must reach it: a mount, or the store and its credentials"
     failed = _failed("shards", answers, places, remedy)
     if failed is not None:
         return failed

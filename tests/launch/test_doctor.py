@@ -21,7 +21,7 @@ from launch import doctor, node
 from pretrain import diagnosis, symptoms
 from pretrain.checkup import Pace, expected_nodes, make_report, measured, slurm_checks, write_report
 from pretrain.config import Config, load_config
-from pretrain.finding import PROBLEM, Check, Places, lines, next_command
+from pretrain.finding import NO_END, PROBLEM, Check, Places, lines, next_command
 from pretrain.memory import Memory, States
 from pretrain.patience import Hurry, Limits
 from pretrain.rollcall import CutShort, RollCall, within
@@ -76,6 +76,8 @@ def test_versions_that_differ() -> None:
 
 def test_a_config_that_the_run_folder_refuses() -> None:
     assert diagnosis.config("").level == "ok"
+    away = failing(diagnosis.config(f"{NO_END} 60 s"), "no end within 60 s")
+    assert "does not answer" in away.remedy
     check = failing(diagnosis.config("data.size is 32; it was 64: use run.dir=NEW"), "data.size is 32; it was 64")
     assert check.remedy == "use run.dir=NEW"
 

@@ -126,13 +126,13 @@ def after(since: int, code: int, arguments: Sequence[str], slurm: Mapping[str, s
 def _found(arguments: Sequence[str], pauses_s: Sequence[float]) -> tuple[Config, Path]:
     """The config and the run folder, once both can be read; looked for again after each pause.
 
-    Raises `OSError` where they stay away. A run folder that is not there yet is an empty one.
+    Raises `OSError` where they stay away. What is not there or not ours to read is for the ranks to tell.
     """
     for pause_s in (*pauses_s, None):
         try:
             config = _config(arguments)
             run_dir = Path(config.run.dir)
-            with suppress(FileNotFoundError, NotADirectoryError):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 os.listdir(run_dir / "attempts")
         except OSError as error:
             if pause_s is None or error.errno not in AWAY:

@@ -256,10 +256,6 @@ class Checkpoint:
         """Whether a state of a parameter is stored."""
         return (name, state) in self._slices
 
-    def numel(self, name: str, state: str) -> int:
-        """Elements of a stored state."""
-        return sum(entry.length for entry in self._slices[name, state])
-
     def read(self, name: str, state: str, offset: int, length: int) -> Tensor:
         """Elements [offset, offset + length) of a flattened state: fp32, one dimension. Reads only what it needs."""
         values_K = torch.empty(length)

@@ -250,13 +250,11 @@ def memory(answers: Answers, places: Places, need: Memory) -> Check:
     if failed is not None:
         return failed
     found = _good(answers)
-    is_card = all(answer["is_card"] for answer in found.values())
-    more = "" if is_card else "raise the job's --mem, use more ranks on more machines, "
+    card = min(found.values(), key=lambda answer: answer["total_bytes"])
+    more = "" if card["is_card"] else "raise the job's --mem, use more ranks on more machines, "
     remedy = (
         f"{more}raise zero.stage, lower train.micro_batch, set train.activation_checkpointing=true: see `tubelet plan`"
     )
-    tightest = min(found, key=lambda rank: found[rank]["total_bytes"])
-    card = found[tightest]
     # Without a card there is one memory for everything, and no CUDA that wants a part of it.
     on_device = need.total if card["is_card"] else need.total - need.reserve + need.host
     sure = need.total - need.reserve if card["is_card"] else on_device
